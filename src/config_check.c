@@ -1,0 +1,380 @@
+/*
+ * Checks of values whose meaning goes beyond their type, or that depend on each other; each complaint says what to do.
+ * Also what needs the whole configuration before it can be known: the port, secrets kept in files, the directory for
+ * state. Start-up only, main thread; reads files, connects to nothing.
+ */
+#define _GNU_SOURCE
+#include "config_table.h"
+
+#include "memory.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+enum {
+	PORT_TLS = 8883,
+	TEXT_LIMIT = 65535,    /* MQTT 5 §1.5.4 */
+	DATABASE_LIMIT = 63,   /* MongoDB manual, "Naming Restrictions" */
+	NAMESPACE_LIMIT = 255, /* database, dot and collection */
+	SECRET_LIMIT = 64 << 10,
+};
+
+static char *join(const char *directory, const char *name)
+{
+	return memory_format("%s/%s", directory, name);
+}
+
+/* mqtt.host as a URL: say which settings it stands for. The URL may hold a password and is not quoted. */
+static void refuse_url(struct config_loader *loader, const char *url)
+{
+	const char *rest = strstr(url, "://") + 3, *at = strrchr(rest, '@');
+	const char *host = at != NULL ? at + 1 : rest;
+	int host_length = (int)strcspn(host, ":/?");
+	int port_length = host[host_length] == ':' ? (int)strspn(host + host_length + 1, "0123456789") : 0;
+	bool tls = strncmp(url, "mqtts:", 6) == 0 || strncmp(url, "ssl:", 4) == 0 || strncmp(url, "tls:", 4) == 0;
+	if (strncmp(url, "ws", 2) == 0) {
+		config_error(loader,
+			     "%s: MQTT over WebSockets is not supported, give the host and port of the "
+			     "broker's plain or TLS listener",
+			     config_place(loader, "mqtt.host"));
+		return;
+	}
+	config_error(loader, "%s: is a URL, write mqtt.host \"%.*s\"%s%.*s%s%s instead",
+		     config_place(loader, "mqtt.host"), host_length, host, port_length != 0 ? ", mqtt.port " : "",
+		     port_length, host + host_length + 1, tls ? ", mqtt.tls.enabled true" : "",
+		     at != NULL ? ", mqtt.username and mqtt.password_file" : "");
+}
+
+static void check_host(struct config_loader *loader)
+{
+	const char *host = loader->config->mqtt.host, *place = config_place(loader, "mqtt.host");
+	const char *colon = strchr(host, ':');
+	size_t length = strlen(host);
+	if (strstr(host, "://") != NULL)
+		refuse_url(loader, host);
+	else if (host[0] == '[')
+		config_error(loader,
+			     "%s: write an IPv6 address without brackets, as in \"::1\", and the port in mqtt.port",
+			     place);
+	else if (colon != NULL && strchr(colon + 1, ':') == NULL)
+		config_error(loader, "%s: holds a port, write mqtt.host \"%.*s\" and mqtt.port %s instead", place,
+			     (int)(colon - host), host, colon[1] != '\0' ? colon + 1 : "1883");
+	else if (strcspn(host, " \t\r\n/@,?#") != length)
+		config_error(loader,
+			     "%s: is not a host name or address, there must be no space, slash, comma or @ in it",
+			     place);
+}
+
+static void check_file(struct config_loader *loader, const char *key, const char *path)
+{
+	if (path == NULL)
+		return;
+	struct stat status;
+	int file = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+	if (file < 0)
+		config_error(loader, "%s: cannot read %s: %s", config_place(loader, key), path, strerror(errno));
+	else if (fstat(file, &status) == 0 && S_ISDIR(status.st_mode))
+		config_error(loader, "%s: %s is a directory, give a file in PEM format", config_place(loader, key),
+			     path);
+	if (file >= 0)
+		close(file);
+}
+
+static void check_tls(struct config_loader *loader)
+{
+	const struct config_tls *tls = &loader->config->mqtt.tls;
+	static const char *const KEYS[] = {"mqtt.tls.ca", "mqtt.tls.cert", "mqtt.tls.key"};
+	const char *const files[] = {tls->ca, tls->cert, tls->key};
+	for (size_t i = 0; i < sizeof files / sizeof files[0]; i++) {
+		check_file(loader, KEYS[i], files[i]);
+		if (files[i] != NULL && !tls->enabled)
+			config_error(loader, "%s: has no effect without TLS, set mqtt.tls.enabled to true",
+				     config_place(loader, KEYS[i]));
+	}
+	if (tls->cert != NULL && tls->key == NULL)
+		config_error(loader, "%s: needs mqtt.tls.key, the file with the certificate's private key",
+			     config_place(loader, "mqtt.tls.cert"));
+	if (tls->key != NULL && tls->cert == NULL)
+		config_error(loader, "%s: needs mqtt.tls.cert, the file with the key's certificate",
+			     config_place(loader, "mqtt.tls.key"));
+	if (tls->insecure)
+		config_warning(loader,
+			       "%s: the broker's host name is not checked, whoever has a certificate of a trusted "
+			       "authority can pose as the broker",
+			       config_place(loader, "mqtt.tls.insecure"));
+}
+
+static void check_mqtt(struct config_loader *loader)
+{
+	struct config_mqtt *mqtt = &loader->config->mqtt;
+	static const char *const ONLY_5[] = {"mqtt.session_expiry", "mqtt.receive_maximum"};
+	if (mqtt->tls.enabled && !config_is_set(loader, "mqtt.port"))
+		mqtt->port = PORT_TLS;
+	if (mqtt->reconnect_min_ms > mqtt->reconnect_max_ms)
+		config_error(loader, "%s: is longer than mqtt.reconnect.max, lower it or raise mqtt.reconnect.max",
+			     config_place(loader, "mqtt.reconnect.min"));
+	if (mqtt->protocol != 5 && mqtt->password != NULL && mqtt->username == NULL)
+		config_error(loader, "%s: MQTT 3.1.1 has no password without a user name, set mqtt.username",
+			     config_place(loader, config_is_set(loader, "mqtt.password") ? "mqtt.password"
+											 : "mqtt.password_file"));
+	for (size_t i = 0; i < sizeof ONLY_5 / sizeof ONLY_5[0] && mqtt->protocol != 5; i++)
+		if (config_is_set(loader, ONLY_5[i]))
+			config_warning(loader, "%s: has no effect with MQTT 3.1.1, there the broker decides",
+				       config_place(loader, ONLY_5[i]));
+	if (mqtt->session_expiry_ms == 0 && mqtt->protocol == 5)
+		config_warning(loader,
+			       "%s: the broker forgets unacknowledged messages with the connection, a restart or "
+			       "a network failure loses them",
+			       config_place(loader, "mqtt.session_expiry"));
+}
+
+/* The text is UTF-8 as MQTT wants it: well formed, no control characters (MQTT 5 §1.5.4, RFC 3629). */
+static bool is_mqtt_text(const char *text)
+{
+	for (const unsigned char *at = (const unsigned char *)text; *at != 0;) {
+		size_t length = *at < 0x80 ? 1 : *at < 0xc2 ? 0 : *at < 0xe0 ? 2 : *at < 0xf0 ? 3 : *at < 0xf5 ? 4 : 0;
+		uint32_t point = length > 1 ? *at & (0x7fu >> length) : *at;
+		for (size_t i = 1; i < length; i++) {
+			if ((at[i] & 0xc0) != 0x80)
+				return false;
+			point = point << 6 | (at[i] & 0x3f);
+		}
+		bool overlong = (length == 3 && point < 0x800) || (length == 4 && point < 0x10000);
+		bool surrogate = point >= 0xd800 && point <= 0xdfff;
+		bool control = point < 0x20 || (point >= 0x7f && point < 0xa0);
+		if (length == 0 || overlong || surrogate || control || point > 0x10ffff)
+			return false;
+		at += length;
+	}
+	return true;
+}
+
+/* What is wrong with a topic filter (MQTT 5 §4.7), or NULL. */
+static const char *filter_fault(const char *filter)
+{
+	if (strlen(filter) > TEXT_LIMIT)
+		return "is longer than 65535 bytes, MQTT allows no more";
+	if (!is_mqtt_text(filter))
+		return "is not UTF-8 without control characters, as MQTT topics must be";
+	if (strncmp(filter, "$share/", 7) == 0 || strcmp(filter, "$share") == 0)
+		return "shared subscriptions are not supported yet, give the filter without $share/GROUP/";
+	for (const char *level = filter; level != NULL; level = strchr(level, '/') ? strchr(level, '/') + 1 : NULL) {
+		size_t length = strcspn(level, "/");
+		if (memchr(level, '#', length) != NULL && (length != 1 || level[1] != '\0'))
+			return "# must be a whole level and the last one, as in sensors/#";
+		if (memchr(level, '+', length) != NULL && length != 1)
+			return "+ must be a whole level, as in sensors/+/readings";
+	}
+	return NULL;
+}
+
+static void check_publisher_topic(struct config_loader *loader)
+{
+	const char *topic = loader->config->publisher.topic, *place = config_place(loader, "publisher.topic");
+	if (strlen(topic) > TEXT_LIMIT)
+		config_error(loader, "%s: is longer than 65535 bytes, MQTT allows no more", place);
+	else if (!is_mqtt_text(topic))
+		config_error(loader, "%s: is not UTF-8 without control characters, as MQTT topics must be", place);
+	else if (strpbrk(topic, "+#") != NULL)
+		config_error(loader,
+			     "%s: + and # are for subscribing only, write {device} where the device's name shall "
+			     "stand",
+			     place);
+	for (const char *brace = strchr(topic, '{'); brace != NULL; brace = strchr(brace + 1, '{'))
+		if (strncmp(brace, "{device}", 8) != 0)
+			config_warning(loader, "%s: only {device} is replaced, other braces are published as they are",
+				       place);
+}
+
+/* What is wrong with a collection's name (MongoDB manual, "Naming Restrictions"), or NULL. */
+static const char *collection_fault(const char *name, const char *database)
+{
+	if (strchr(name, '$') != NULL)
+		return "MongoDB allows no $ in a collection's name";
+	if (strncmp(name, "system.", 7) == 0)
+		return "names that start with system. belong to MongoDB itself";
+	if (name[0] == '.' || name[strlen(name) - 1] == '.' || strstr(name, "..") != NULL)
+		return "a collection's name must not start or end with a dot or hold two in a row";
+	if (strlen(database) + 1 + strlen(name) > NAMESPACE_LIMIT)
+		return "database and collection together are longer than 255 bytes, MongoDB allows no more";
+	return is_mqtt_text(name) ? NULL : "is not UTF-8 without control characters";
+}
+
+static const char *database_fault(const char *name)
+{
+	if (strpbrk(name, "/\\. \"$*<>:|?") != NULL)
+		return "MongoDB allows no space and none of / \\ . \" $ * < > : | ? in a database's name";
+	if (strlen(name) > DATABASE_LIMIT)
+		return "is longer than 63 bytes, MongoDB allows no more";
+	if (strcasecmp(name, "admin") == 0 || strcasecmp(name, "local") == 0 || strcasecmp(name, "config") == 0)
+		return "admin, local and config belong to MongoDB itself, choose another name";
+	return is_mqtt_text(name) ? NULL : "is not UTF-8 without control characters";
+}
+
+static void complain(struct config_loader *loader, const char *key, const char *fault)
+{
+	if (fault != NULL)
+		config_error(loader, "%s: %s", config_place(loader, key), fault);
+}
+
+/* The broker would close the connection without a reason (MQTT 5 §3.1.3). Room is left for what is appended to the id.
+ */
+static void check_identity(struct config_loader *loader)
+{
+	static const char *const KEYS[] = {"mqtt.client_id", "mqtt.username"};
+	const char *const texts[] = {loader->config->mqtt.client_id, loader->config->mqtt.username};
+	for (size_t i = 0; i < sizeof texts / sizeof texts[0]; i++) {
+		if (texts[i] == NULL)
+			continue;
+		if (strlen(texts[i]) > TEXT_LIMIT - 16)
+			complain(loader, KEYS[i], "is longer than 65519 bytes, MQTT allows no more");
+		else if (!is_mqtt_text(texts[i]))
+			complain(loader, KEYS[i], "is not UTF-8 without control characters, as MQTT wants it");
+	}
+}
+
+static void check_consumer(struct config_loader *loader)
+{
+	struct config_consumer *consumer = &loader->config->consumer;
+	const char *database = loader->config->mongodb.database;
+	complain(loader, "consumer.topic", filter_fault(consumer->topic));
+	complain(loader, "mongodb.database", database_fault(database));
+	complain(loader, "consumer.collection", collection_fault(consumer->collection, database));
+	complain(loader, "consumer.dead_letter", collection_fault(consumer->dead_letter, database));
+	if (strcmp(consumer->collection, consumer->dead_letter) == 0)
+		complain(loader, "consumer.dead_letter",
+			 "is the same as consumer.collection, dead letters need a collection of their own");
+	if (consumer->qos == 0)
+		config_warning(loader,
+			       "%s: 0 promises less than 1: what is on its way while a connection or process ends "
+			       "is lost",
+			       config_place(loader, "consumer.qos"));
+	if (consumer->qos == 2)
+		config_note(loader, "%s: subscribed as QoS 1, which loses nothing either; a message can come twice",
+			    config_place(loader, "consumer.qos"));
+	if (consumer->batch_bytes < consumer->max_payload && config_is_set(loader, "consumer.batch.bytes"))
+		complain(loader, "consumer.batch.bytes",
+			 "is less than consumer.max_payload, a batch must hold at least one message");
+	else if (consumer->batch_bytes < consumer->max_payload)
+		consumer->batch_bytes = consumer->max_payload;
+}
+
+static void check_write_concern(struct config_loader *loader)
+{
+	const struct config_mongodb *mongodb = &loader->config->mongodb;
+	static const char w_key[] = "mongodb.write_concern.w", j_key[] = "mongodb.write_concern.j";
+	size_t digits = strspn(mongodb->w, "-0123456789");
+	bool number = mongodb->w[digits] == '\0';
+	long members = number ? strtol(mongodb->w, NULL, 10) : 0;
+	if (number && members == 0)
+		complain(loader, w_key,
+			 "0 is refused, acknowledging to the broker would promise nothing; the least is 1");
+	else if ((number && (members < 0 || members > 50)) || (!number && mongodb->w[0] == '-'))
+		complain(loader, w_key, "must be majority, 1 to 50 members, or the name of a write concern");
+	else if (number)
+		config_warning(loader,
+			       "%s: %s promises less than majority, unless that many members are one: a stored "
+			       "message can be rolled back when the primary fails",
+			       config_place(loader, w_key), mongodb->w);
+	if (!mongodb->j)
+		config_warning(loader,
+			       "%s: false promises less than the default: a stored message can be lost when the "
+			       "database crashes",
+			       config_place(loader, j_key));
+}
+
+/* One line feed at the end, also as CR LF, is the editor's and not the secret's. */
+static void strip_line_feed(char *text, size_t length)
+{
+	if (length > 0 && text[length - 1] == '\n')
+		text[--length] = '\0';
+	if (length > 0 && text[length - 1] == '\r')
+		text[--length] = '\0';
+}
+
+static void warn_if_readable(struct config_loader *loader, const char *key, const char *path)
+{
+	struct stat status;
+	if (stat(path, &status) == 0 && S_ISREG(status.st_mode) && (status.st_mode & (S_IRGRP | S_IROTH)) != 0)
+		config_warning(loader, "%s: %s can be read by other users: chmod 600 %s", config_place(loader, key),
+			       path, path);
+}
+
+/* Replace *secret by what the file holds. `key` names the secret, `file_key` the file. */
+static void read_secret(struct config_loader *loader, const char *key, const char *file_key, const char *path,
+			char **secret)
+{
+	size_t length;
+	if (path == NULL)
+		return;
+	if (config_is_set(loader, key)) {
+		config_error(loader, "%s: %s is set as well, keep one of the two", config_place(loader, file_key),
+			     config_place(loader, key));
+		return;
+	}
+	char *text = config_slurp(path, SECRET_LIMIT, &length);
+	if (text == NULL) {
+		config_error(loader, "%s: cannot read %s: %s", config_place(loader, file_key), path, strerror(errno));
+		return;
+	}
+	warn_if_readable(loader, file_key, path);
+	bool nul = memchr(text, '\0', length) != NULL;
+	strip_line_feed(text, length);
+	if (nul)
+		config_error(loader, "%s: %s holds a NUL byte, it must be text", config_place(loader, file_key), path);
+	else if (text[0] == '\0')
+		config_error(loader, "%s: %s is empty, write the secret into it", config_place(loader, file_key), path);
+	memory_wipe_free(*secret);
+	*secret = memory_string(text);
+	explicit_bzero(text, length);
+	free(text);
+}
+
+static bool is_writable(const char *directory)
+{
+	return access(directory, W_OK | X_OK) == 0;
+}
+
+/* The first place that fits, allocated; NULL when there is none. */
+static char *find_state_dir(const struct config_loader *loader)
+{
+	static const char ours[] = "/var/lib/mqtt2mongo";
+	const char *systemd = config_environment(loader, "STATE_DIRECTORY");
+	const char *xdg = config_environment(loader, "XDG_STATE_HOME"), *home = config_environment(loader, "HOME");
+	if (systemd != NULL && systemd[0] != '\0')
+		return strndup(systemd, strcspn(systemd, ":")); /* systemd.exec(5): several are joined by colons */
+	if (is_writable(ours) || (access(ours, F_OK) != 0 && is_writable("/var/lib")))
+		return memory_string(ours);
+	if (xdg != NULL && xdg[0] == '/')
+		return join(xdg, "mqtt2mongo");
+	return home != NULL && home[0] == '/' ? join(home, ".local/state/mqtt2mongo") : NULL;
+}
+
+static void settle_state_dir(struct config_loader *loader)
+{
+	if (loader->config->state_dir == NULL)
+		loader->config->state_dir = find_state_dir(loader);
+	if (loader->config->state_dir == NULL)
+		config_error(loader, "state_dir: no place found for what must survive a restart, there is no HOME; set "
+				     "state_dir");
+}
+
+void config_check(struct config_loader *loader)
+{
+	struct config *config = loader->config;
+	read_secret(loader, "mqtt.password", "mqtt.password_file", config->mqtt.password_file, &config->mqtt.password);
+	read_secret(loader, "mongodb.uri", "mongodb.uri_file", config->mongodb.uri_file, &config->mongodb.uri);
+	check_host(loader);
+	check_tls(loader);
+	check_mqtt(loader);
+	check_identity(loader);
+	check_write_concern(loader);
+	check_consumer(loader);
+	check_publisher_topic(loader);
+	settle_state_dir(loader);
+	config_check_uri(loader);
+}

@@ -1,0 +1,221 @@
+/*
+ * The MongoDB connection string: what is wrong with it, said without giving away what it may hold.
+ *
+ * The driver's own messages quote the user name and password. So the credentials are checked here first, and the
+ * driver sees the string with them replaced: what it then complains about cannot contain them.
+ */
+#define _GNU_SOURCE
+#include "config_table.h"
+
+#include "memory.h"
+
+#include <ctype.h>
+#include <mongoc/mongoc.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* Options whose values are secrets: any whose name contains one of these. */
+static const char *const SECRET_OPTIONS[] = {"password", "authmechanismproperties", "token", "secret"};
+
+static bool names_secret(const char *name, size_t length)
+{
+	char *copy = strndup(name, length);
+	bool secret = copy == NULL;
+	for (size_t i = 0; i < sizeof SECRET_OPTIONS / sizeof SECRET_OPTIONS[0] && !secret; i++)
+		secret = strcasestr(copy, SECRET_OPTIONS[i]) != NULL;
+	free(copy);
+	return secret;
+}
+
+/* A copy of what follows the credentials, the values of secret options replaced by ***. */
+static char *hide_options(const char *rest)
+{
+	char *shown = memory_zeroed(1, strlen(rest) * 4 + 1);
+	size_t used = strcspn(rest, "?");
+	memcpy(shown, rest, used);
+	const char *option = rest + used;
+	while (*option != '\0') {
+		size_t length = 1 + strcspn(option + 1, "&;"), name = strcspn(option, "=");
+		bool hidden = name < length && names_secret(option, name);
+		used += (size_t)sprintf(shown + used, "%.*s%s", (int)(hidden ? name + 1 : length), option,
+					hidden ? "***" : "");
+		option += length;
+	}
+	return shown;
+}
+
+/* Text without '@' that is no host list: perhaps credentials whose host was forgotten. */
+static bool is_host_list(const char *text)
+{
+	size_t length = strcspn(text, "/?");
+	for (size_t i = 0; i < length; i++) {
+		if (text[i] == '[')
+			i += strcspn(text + i, "]");
+		else if (text[i] == ':' && text[i + 1 + strspn(text + i + 1, "0123456789")] != ',' &&
+			 i + 1 + strspn(text + i + 1, "0123456789") != length)
+			return false;
+	}
+	return true;
+}
+
+char *config_redact_uri(const char *uri)
+{
+	const char *scheme = uri != NULL ? strstr(uri, "://") : NULL;
+	if (scheme == NULL)
+		return memory_string("***");
+	const char *rest = scheme + 3, *at = strrchr(rest, '@');
+	if (at == NULL && !is_host_list(rest))
+		return memory_format("%.*s***", (int)(rest - uri), uri);
+	char *options = hide_options(at != NULL ? at + 1 : rest);
+	char *shown = memory_format("%.*s%s%s", (int)(rest - uri), uri, at != NULL ? "***@" : "", options);
+	memory_wipe_free(options);
+	return shown;
+}
+
+/* The first byte of `text` that must be percent-encoded, or NULL. */
+static const char *find_unescaped(const char *text, size_t length)
+{
+	for (size_t i = 0; i < length; i++) {
+		bool escape = text[i] == '%' && i + 2 < length && isxdigit((unsigned char)text[i + 1]) &&
+			      isxdigit((unsigned char)text[i + 2]);
+		if (strchr("@:/?#[]", text[i]) != NULL || (text[i] == '%' && !escape))
+			return text + i;
+	}
+	return NULL;
+}
+
+/*
+ * The '@' that ends the credentials in the text behind the scheme, or NULL. It is the last one before the path; but
+ * a '/' or '?' that should have been encoded hides it behind what looks like a path or options.
+ */
+static const char *credentials_end(const char *rest)
+{
+	size_t authority = strcspn(rest, "/?");
+	const char *at = memrchr(rest, '@', authority);
+	const char *later = strrchr(rest + authority, '@');
+	bool plain_hosts = is_host_list(at != NULL ? at + 1 : rest);
+	if (later == NULL)
+		return at;
+	const char *options = rest + strcspn(rest, "?");
+	bool in_option = later > options && memchr(options, '=', (size_t)(later - options)) != NULL;
+	return plain_hosts && in_option ? at : later;
+}
+
+/* Where the URI came from, for messages. */
+static const char *uri_place(const struct config_loader *loader)
+{
+	bool from_file = config_is_set(loader, "mongodb.uri_file");
+	return config_place(loader, from_file ? "mongodb.uri_file" : "mongodb.uri");
+}
+
+/* Complain about a character of the credentials that is not encoded. */
+static bool check_credentials(struct config_loader *loader, const char *rest, const char *end)
+{
+	const char *colon = memchr(rest, ':', (size_t)(end - rest));
+	const char *user_end = colon != NULL ? colon : end;
+	const char *bad = find_unescaped(rest, (size_t)(user_end - rest));
+	if (bad == NULL && colon != NULL)
+		bad = find_unescaped(colon + 1, (size_t)(end - colon - 1));
+	if (bad == NULL)
+		return true;
+	config_error(loader,
+		     "%s: the %s has a '%c' that is not escaped, write it as %%%02X (@ : / ? # [ ] %% must be "
+		     "percent-encoded)",
+		     uri_place(loader), bad < user_end ? "user name" : "password", *bad, *bad);
+	return false;
+}
+
+/* The string with other credentials, for the driver to judge. Allocated; secret options stay. */
+static char *harmless_copy(const char *uri, const char *rest, const char *end)
+{
+	bool password = end != NULL && memchr(rest, ':', (size_t)(end - rest)) != NULL;
+	return memory_format("%.*s%s%s", (int)(rest - uri), uri,
+			     end == NULL ? ""
+			     : password  ? "user:password@"
+					 : "user@",
+			     end != NULL ? end + 1 : rest);
+}
+
+/* The driver's warnings, for example about an option it does not know, become ours. */
+static void take_driver_warning(mongoc_log_level_t level, const char *domain, const char *message, void *user)
+{
+	struct config_loader *loader = user;
+	if (level == MONGOC_LOG_LEVEL_WARNING)
+		config_warning(loader, "%s: %.*s", uri_place(loader), (int)strcspn(message, "\n"), message);
+}
+
+static void ignore_driver(mongoc_log_level_t level, const char *domain, const char *message, void *user)
+{
+}
+
+/* Weaker promises made inside the string; an explicit key is checked elsewhere and beats it. */
+static void check_uri_concern(struct config_loader *loader, const mongoc_uri_t *uri)
+{
+	const char *place = uri_place(loader);
+	const mongoc_write_concern_t *concern = mongoc_uri_get_write_concern(uri);
+	int32_t w = mongoc_write_concern_get_w(concern);
+	if (w == 0 || w == -1)
+		config_error(loader,
+			     "%s: w=%d in the URI is refused, acknowledging to the broker would promise "
+			     "nothing; take it out",
+			     place, (int)w);
+	if (w > 0 && !config_is_set(loader, "mongodb.write_concern.w"))
+		config_warning(loader,
+			       "%s: w=%d in the URI promises less than majority: a stored message can be "
+			       "rolled back when the primary fails",
+			       place, (int)w);
+	if (mongoc_write_concern_journal_is_set(concern) && !mongoc_write_concern_get_journal(concern) &&
+	    !config_is_set(loader, "mongodb.write_concern.j"))
+		config_warning(loader,
+			       "%s: journal=false in the URI promises less than the default: a stored message "
+			       "can be lost when the database crashes",
+			       place);
+	const char *database = mongoc_uri_get_database(uri);
+	if (database != NULL && !config_is_set(loader, "mongodb.database"))
+		config_warning(loader,
+			       "%s: the database in the URI only serves authentication; documents go to "
+			       "mongodb.database, now \"%s\"",
+			       place, loader->config->mongodb.database);
+}
+
+static void check_with_driver(struct config_loader *loader, const char *uri, bool quotable)
+{
+	bson_error_t error = {0};
+	mongoc_log_set_handler(quotable ? take_driver_warning : ignore_driver, loader);
+	mongoc_uri_t *parsed = mongoc_uri_new_with_error(uri, &error);
+	mongoc_log_set_handler(mongoc_log_default_handler, NULL);
+	if (parsed == NULL && quotable)
+		config_error(loader, "%s: %s", uri_place(loader), error.message);
+	else if (parsed == NULL)
+		config_error(loader,
+			     "%s: is not a valid connection string; it may hold a secret and is not shown, the "
+			     "form is mongodb://USER:PASSWORD@HOST:PORT/?OPTION=VALUE",
+			     uri_place(loader));
+	else
+		check_uri_concern(loader, parsed);
+	mongoc_uri_destroy(parsed);
+}
+
+void config_check_uri(struct config_loader *loader)
+{
+	const char *uri = loader->config->mongodb.uri;
+	if (uri == NULL)
+		return;
+	bool srv = strncmp(uri, "mongodb+srv://", 14) == 0;
+	if (!srv && strncmp(uri, "mongodb://", 10) != 0) {
+		config_error(loader,
+			     "%s: must start with mongodb:// or mongodb+srv://, as in "
+			     "mongodb://localhost:27017",
+			     uri_place(loader));
+		return;
+	}
+	const char *rest = uri + (srv ? 14 : 10), *end = credentials_end(rest);
+	if (end != NULL && !check_credentials(loader, rest, end))
+		return;
+	char *harmless = harmless_copy(uri, rest, end), *shown = config_redact_uri(harmless);
+	bool secrets = strstr(shown, "=***") != NULL || (end == NULL && !is_host_list(rest)) ||
+		       strchr(end != NULL ? end + 1 : rest, '@') != NULL;
+	check_with_driver(loader, harmless, !secrets);
+	memory_wipe_free(harmless);
+	memory_wipe_free(shown);
+}
