@@ -1,0 +1,86 @@
+/* See batch.h. */
+#include "batch.h"
+
+#include "memory.h"
+
+#include <openssl/evp.h>
+#include <stdlib.h>
+
+enum {
+	SMALLEST_CAPACITY = 64,
+	ARENA_KEPT = 2 * 1024 * 1024,
+};
+
+static struct batch_message *append_message(struct batch *batch)
+{
+	if (batch->count == batch->capacity) {
+		batch->capacity = batch->capacity ? batch->capacity * 2 : SMALLEST_CAPACITY;
+		batch->messages = memory_resize(batch->messages, batch->capacity * sizeof *batch->messages);
+	}
+	struct batch_message *message = &batch->messages[batch->count++];
+	memset(message, 0, sizeof *message);
+	return message;
+}
+
+/* Copy bytes into the arena with a NUL behind them; returns their offset. */
+static size_t keep_bytes(struct buffer *arena, const void *bytes, size_t length)
+{
+	size_t offset = arena->length;
+	uint8_t *place = buffer_extend(arena, length + 1);
+	if (length != 0)
+		memcpy(place, bytes, length);
+	place[length] = 0;
+	return offset;
+}
+
+static size_t keep_digest(struct buffer *arena, const void *bytes, size_t length)
+{
+	size_t offset = arena->length;
+	uint8_t *place = buffer_extend(arena, BATCH_DIGEST_BYTES);
+	memset(place, 0, BATCH_DIGEST_BYTES);
+	EVP_Digest(bytes, length, place, NULL, EVP_sha256(), NULL);
+	return offset;
+}
+
+void batch_add(struct batch *batch, const struct mqtt_message *received, size_t max_payload, int64_t received_at)
+{
+	struct batch_message *message = append_message(batch);
+	size_t kept = received->payload_length;
+	if (received->payload_length > max_payload) {
+		message->truncated = true;
+		message->digest = keep_digest(&batch->arena, received->payload, received->payload_length);
+		if (kept > BATCH_TRUNCATED_BYTES)
+			kept = BATCH_TRUNCATED_BYTES;
+	}
+	message->topic = keep_bytes(&batch->arena, received->topic, received->topic_length);
+	message->payload = keep_bytes(&batch->arena, received->payload, kept);
+	message->topic_length = (uint32_t)received->topic_length;
+	message->payload_length = (uint32_t)kept;
+	message->full_length = (uint32_t)received->payload_length;
+	message->received_at = received_at;
+	message->qos = (uint8_t)received->qos;
+	message->retain = received->retain;
+	message->dup = received->dup;
+	bson_oid_init(&message->id, NULL);
+}
+
+size_t batch_count_outcome(const struct batch *batch, enum batch_outcome outcome)
+{
+	size_t found = 0;
+	for (size_t i = 0; i < batch->count; i++)
+		found += batch->messages[i].outcome == outcome;
+	return found;
+}
+
+void batch_reset(struct batch *batch)
+{
+	batch->count = 0;
+	buffer_reset(&batch->arena, ARENA_KEPT);
+}
+
+void batch_finish(struct batch *batch)
+{
+	buffer_finish(&batch->arena);
+	free(batch->messages);
+	*batch = (struct batch){0};
+}

@@ -1,0 +1,235 @@
+/*
+ * See document.h. BSON is written here as bytes (bsonspec.org, version 1.1): the envelope is fixed and small, and a worker
+ * builds tens of thousands of them a second.
+ */
+#include "document.h"
+
+#include <stdio.h>
+
+enum {
+	BSON_STRING_TYPE = 0x02,
+	BSON_DOCUMENT_TYPE = 0x03,
+	BSON_BINARY_TYPE = 0x05,
+	BSON_OID_TYPE = 0x07,
+	BSON_BOOL_TYPE = 0x08,
+	BSON_DATE_TYPE = 0x09,
+	BSON_INT32_TYPE = 0x10,
+	BSON_INT64_TYPE = 0x12,
+};
+
+enum {
+	PREVIEW_CHARACTERS = 120,
+	ENVELOPE_TAIL = 128, /* more than received_at, qos, retain, dup and the closing byte take */
+};
+
+static void put_uint32_at(uint8_t *place, uint32_t value)
+{
+	for (int i = 0; i < 4; i++)
+		place[i] = (uint8_t)(value >> (8 * i));
+}
+
+static void put_int32(struct buffer *out, int32_t value)
+{
+	put_uint32_at(buffer_extend(out, 4), (uint32_t)value);
+}
+
+static void put_int64(struct buffer *out, int64_t value)
+{
+	put_int32(out, (int32_t)((uint64_t)value & 0xffffffffu));
+	put_int32(out, (int32_t)((uint64_t)value >> 32));
+}
+
+static void put_name(struct buffer *out, int type, const char *name)
+{
+	buffer_append_byte(out, (uint8_t)type);
+	buffer_append(out, name, strlen(name) + 1);
+}
+
+static size_t open_document(struct buffer *out)
+{
+	size_t start = out->length;
+	buffer_extend(out, 4);
+	return start;
+}
+
+static void close_document(struct buffer *out, size_t start)
+{
+	buffer_append_byte(out, 0);
+	put_uint32_at(out->data + start, (uint32_t)(out->length - start));
+}
+
+static void put_string_element(struct buffer *out, const char *name, const char *text, size_t length)
+{
+	put_name(out, BSON_STRING_TYPE, name);
+	put_int32(out, (int32_t)length + 1);
+	buffer_append(out, text, length);
+	buffer_append_byte(out, 0);
+}
+
+static void put_bool_element(struct buffer *out, const char *name, bool value)
+{
+	put_name(out, BSON_BOOL_TYPE, name);
+	buffer_append_byte(out, value);
+}
+
+static void put_int64_element(struct buffer *out, const char *name, int64_t value)
+{
+	put_name(out, BSON_INT64_TYPE, name);
+	put_int64(out, value);
+}
+
+static void put_binary_element(struct buffer *out, const char *name, const void *bytes, size_t length)
+{
+	put_name(out, BSON_BINARY_TYPE, name);
+	put_int32(out, (int32_t)length);
+	buffer_append_byte(out, BSON_SUBTYPE_BINARY);
+	buffer_append(out, bytes, length);
+}
+
+/* The length in bytes of the UTF-8 character at `text`, or 0 when there is none (RFC 3629 §4). */
+static size_t utf8_character(const unsigned char *text, size_t left)
+{
+	static const struct {
+		uint8_t first, last, low, high, length;
+	} forms[] = {
+	    {0x01, 0x7f, 0, 0, 1},       {0xc2, 0xdf, 0x80, 0xbf, 2}, {0xe0, 0xe0, 0xa0, 0xbf, 3},
+	    {0xe1, 0xec, 0x80, 0xbf, 3}, {0xed, 0xed, 0x80, 0x9f, 3}, {0xee, 0xef, 0x80, 0xbf, 3},
+	    {0xf0, 0xf0, 0x90, 0xbf, 4}, {0xf1, 0xf3, 0x80, 0xbf, 4}, {0xf4, 0xf4, 0x80, 0x8f, 4},
+	};
+	for (size_t i = 0; i < sizeof forms / sizeof *forms; i++) {
+		size_t length = forms[i].length;
+		if (text[0] < forms[i].first || text[0] > forms[i].last)
+			continue;
+		if (length > left || (length > 1 && (text[1] < forms[i].low || text[1] > forms[i].high)))
+			return 0;
+		for (size_t k = 2; k < length; k++)
+			if ((text[k] & 0xc0) != 0x80)
+				return 0;
+		return length;
+	}
+	return 0;
+}
+
+static bool is_utf8(const char *text, size_t length)
+{
+	for (size_t at = 0; at < length;) {
+		size_t step = utf8_character((const unsigned char *)text + at, length - at);
+		if (step == 0)
+			return false;
+		at += step;
+	}
+	return true;
+}
+
+/* A string element from any bytes: what is not printable UTF-8 becomes \xNN; at most `most` characters of the text. */
+static void put_escaped_element(struct buffer *out, const char *name, const char *text, size_t length, size_t most)
+{
+	put_name(out, BSON_STRING_TYPE, name);
+	size_t start = out->length;
+	put_int32(out, 0);
+	for (size_t at = 0; at < length && most > 0; most--) {
+		const unsigned char *character = (const unsigned char *)text + at;
+		size_t step = utf8_character(character, length - at);
+		if (step == 0 || *character < 0x20 || *character == 0x7f) {
+			char escape[5];
+			snprintf(escape, sizeof escape, "\\x%02x", *character);
+			buffer_append(out, escape, 4);
+			step = 1;
+		} else {
+			buffer_append(out, character, step);
+		}
+		at += step;
+	}
+	buffer_append_byte(out, 0);
+	put_uint32_at(out->data + start, (uint32_t)(out->length - start - 4));
+}
+
+static void put_id(struct buffer *out, const struct batch_message *message)
+{
+	put_name(out, BSON_OID_TYPE, "_id");
+	buffer_append(out, message->id.bytes, sizeof message->id.bytes);
+}
+
+/* The fields every document ends with. */
+static void put_delivery(struct buffer *out, const struct batch_message *message)
+{
+	put_name(out, BSON_DATE_TYPE, "received_at");
+	put_int64(out, message->received_at);
+	put_name(out, BSON_INT32_TYPE, "qos");
+	put_int32(out, message->qos);
+	put_bool_element(out, "retain", message->retain);
+	put_bool_element(out, "dup", message->dup);
+}
+
+const char *document_reason_name(enum document_reason reason)
+{
+	switch (reason) {
+	case DOCUMENT_TOPIC_UTF8:
+		return "topic_not_utf8";
+	case DOCUMENT_PAYLOAD_SIZE:
+		return "payload_too_large";
+	case DOCUMENT_REFUSED:
+		return "refused_by_mongodb";
+	case DOCUMENT_UNIQUE_INDEX:
+		return "unique_index";
+	default:
+		return json_code_name((enum json_code)reason);
+	}
+}
+
+static bool refuse(struct document_fault *fault, int reason, const char *text, size_t offset)
+{
+	*fault = (struct document_fault){.reason = (enum document_reason)reason, .message = text, .offset = offset};
+	return false;
+}
+
+bool document_build(const struct batch *batch, const struct batch_message *message, struct buffer *out,
+                    struct document_fault *fault)
+{
+	const char *topic = batch_topic(batch, message);
+	if (message->truncated)
+		return refuse(fault, DOCUMENT_PAYLOAD_SIZE, "payload above consumer.max_payload", 0);
+	if (!is_utf8(topic, message->topic_length))
+		return refuse(fault, DOCUMENT_TOPIC_UTF8, "topic is not UTF-8", 0);
+
+	size_t start = open_document(out);
+	put_id(out, message);
+	put_string_element(out, "topic", topic, message->topic_length);
+	size_t limit = DOCUMENT_MAX_BYTES - (out->length - start) - ENVELOPE_TAIL;
+	struct json_fault json;
+	if (json_to_bson(batch_payload(batch, message), message->payload_length, "payload", limit, out, &json) != JSON_OK) {
+		out->length = start;
+		return refuse(fault, (int)json.code, json.message, json.offset);
+	}
+	put_delivery(out, message);
+	close_document(out, start);
+	return true;
+}
+
+void document_dead_letter(const struct batch *batch, const struct batch_message *message,
+                          const struct document_fault *fault, const char *route, struct buffer *out)
+{
+	const char *payload = batch_payload(batch, message);
+	const char *code = document_reason_name(fault->reason);
+	size_t start = open_document(out);
+	put_id(out, message);
+	put_escaped_element(out, "topic", batch_topic(batch, message), message->topic_length, message->topic_length);
+	put_binary_element(out, "payload", payload, message->payload_length);
+	put_escaped_element(out, "preview", payload, message->payload_length, PREVIEW_CHARACTERS);
+
+	put_name(out, BSON_DOCUMENT_TYPE, "reason");
+	size_t reason = open_document(out);
+	put_string_element(out, "code", code, strlen(code));
+	put_escaped_element(out, "message", fault->message, strlen(fault->message), 1000);
+	put_int64_element(out, "offset", (int64_t)fault->offset);
+	close_document(out, reason);
+
+	put_delivery(out, message);
+	put_escaped_element(out, "route", route, strlen(route), strlen(route));
+	if (message->truncated) {
+		put_bool_element(out, "truncated", true);
+		put_int64_element(out, "length", message->full_length);
+		put_binary_element(out, "sha256", batch->arena.data + message->digest, BATCH_DIGEST_BYTES);
+	}
+	close_document(out, start);
+}

@@ -1,0 +1,264 @@
+/*
+ * See state.h. state.json:
+ *
+ *   { "client_id": "mqtt2mongo-1a2b3c4d", "sessions": { "mqtt2mongo-1a2b3c4d-1": ["sensors/#"] } }
+ */
+#define _GNU_SOURCE
+#include "state.h"
+
+#include "log.h"
+#include "memory.h"
+
+#include <cjson/cJSON.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/file.h>
+#include <sys/random.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+
+enum { MOST_BYTES = 4 * 1024 * 1024, ROLES = 2 };
+
+struct state {
+	char *directory, *path, *temporary;
+	cJSON *tree;
+	struct {
+		char name[16];
+		int fd;
+	} locks[ROLES];
+	size_t lock_count;
+};
+
+static bool make_directories(const char *directory)
+{
+	char *path = memory_string(directory);
+	bool made = true;
+	for (char *slash = path + 1; made && *slash != 0; slash++) {
+		if (*slash != '/')
+			continue;
+		*slash = 0;
+		made = mkdir(path, 0755) == 0 || errno == EEXIST;
+		*slash = '/';
+	}
+	made = made && (mkdir(path, 0700) == 0 || errno == EEXIST);
+	free(path);
+	return made;
+}
+
+static char *read_whole(const char *path)
+{
+	FILE *file = fopen(path, "re");
+	if (file == NULL)
+		return NULL;
+	char *text = memory_zeroed(1, MOST_BYTES + 1);
+	size_t length = fread(text, 1, MOST_BYTES, file);
+	text[length] = 0;
+	fclose(file);
+	return text;
+}
+
+static void set_aside(const struct state *state)
+{
+	char *aside = memory_format("%s.corrupt-%lld", state->path, (long long)time(NULL));
+	int renamed = rename(state->path, aside);
+	log_warn("state", "%s is damaged%s%s; starting with an empty one. A filter subscribed earlier and no longer configured "
+	         "will not be unsubscribed",
+	         state->path, renamed == 0 ? ", set aside as " : "", renamed == 0 ? aside : "");
+	free(aside);
+}
+
+static void load(struct state *state)
+{
+	char *text = read_whole(state->path);
+	if (text != NULL) {
+		state->tree = cJSON_Parse(text);
+		if (!cJSON_IsObject(state->tree)) {
+			cJSON_Delete(state->tree);
+			state->tree = NULL;
+			set_aside(state);
+		}
+	}
+	free(text);
+	if (state->tree == NULL)
+		state->tree = cJSON_CreateObject();
+}
+
+struct state *state_open(const char *directory, char *error, size_t error_size)
+{
+	if (!make_directories(directory) || access(directory, W_OK | X_OK) != 0) {
+		snprintf(error, error_size, "cannot write to the state directory %s: %s; choose another with state_dir", directory,
+		         strerror(errno));
+		return NULL;
+	}
+	struct state *state = memory_zeroed(1, sizeof *state);
+	state->directory = memory_string(directory);
+	state->path = memory_format("%s/state.json", directory);
+	state->temporary = memory_format("%s/state.json.tmp", directory);
+	load(state);
+	return state;
+}
+
+void state_close(struct state *state)
+{
+	if (state == NULL)
+		return;
+	for (size_t i = 0; i < state->lock_count; i++)
+		close(state->locks[i].fd);
+	cJSON_Delete(state->tree);
+	free(state->directory);
+	free(state->path);
+	free(state->temporary);
+	free(state);
+}
+
+/* The process that wrote its number into a lock file, or 0. */
+static long lock_holder(int fd)
+{
+	char text[32] = "";
+	ssize_t got = pread(fd, text, sizeof text - 1, 0);
+	return got > 0 ? strtol(text, NULL, 10) : 0;
+}
+
+bool state_lock(struct state *state, const char *role, char *error, size_t error_size)
+{
+	char *path = memory_format("%s/%s.lock", state->directory, role);
+	int fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+	if (fd < 0 || flock(fd, LOCK_EX | LOCK_NB) != 0) {
+		if (fd >= 0 && errno == EWOULDBLOCK)
+			snprintf(error, error_size, "another mqtt2mongo (process %ld) runs as %s with the state directory %s; two would "
+			         "take the session from each other: give this one its own state_dir",
+			         lock_holder(fd), role, state->directory);
+		else
+			snprintf(error, error_size, "cannot lock %s: %s", path, strerror(errno));
+		if (fd >= 0)
+			close(fd);
+		free(path);
+		return false;
+	}
+	free(path);
+	if (ftruncate(fd, 0) == 0)
+		dprintf(fd, "%ld\n", (long)getpid());
+	snprintf(state->locks[state->lock_count].name, sizeof state->locks->name, "%s", role);
+	state->locks[state->lock_count++].fd = fd;
+	return true;
+}
+
+void state_unlock(struct state *state, const char *role)
+{
+	for (size_t i = 0; i < state->lock_count; i++) {
+		if (strcmp(state->locks[i].name, role) != 0)
+			continue;
+		close(state->locks[i].fd);
+		state->locks[i] = state->locks[--state->lock_count];
+		return;
+	}
+}
+
+const char *state_client_id(struct state *state, const char *configured)
+{
+	if (configured != NULL)
+		return configured;
+	cJSON *known = cJSON_GetObjectItemCaseSensitive(state->tree, "client_id");
+	if (cJSON_IsString(known) && known->valuestring[0] != 0)
+		return known->valuestring;
+	unsigned random = 0;
+	if (getrandom(&random, sizeof random, 0) != (ssize_t)sizeof random)
+		random = (unsigned)getpid() ^ (unsigned)time(NULL);
+	char made[32];
+	snprintf(made, sizeof made, "mqtt2mongo-%08x", random);
+	cJSON_DeleteItemFromObjectCaseSensitive(state->tree, "client_id");
+	return cJSON_AddStringToObject(state->tree, "client_id", made)->valuestring;
+}
+
+static cJSON *filters_of(const struct state *state, const char *client_id)
+{
+	cJSON *sessions = cJSON_GetObjectItemCaseSensitive(state->tree, "sessions");
+	return cJSON_GetObjectItemCaseSensitive(sessions, client_id);
+}
+
+const char *state_filter(const struct state *state, const char *client_id, size_t index)
+{
+	return cJSON_GetStringValue(cJSON_GetArrayItem(filters_of(state, client_id), (int)index));
+}
+
+static int find_filter(const cJSON *filters, const char *filter)
+{
+	int index = 0;
+	const cJSON *item;
+	cJSON_ArrayForEach(item, filters)
+	{
+		if (cJSON_IsString(item) && strcmp(item->valuestring, filter) == 0)
+			return index;
+		index++;
+	}
+	return -1;
+}
+
+static cJSON *child_of(cJSON *parent, const char *name, bool array)
+{
+	cJSON *child = cJSON_GetObjectItemCaseSensitive(parent, name);
+	if (child != NULL && (array ? cJSON_IsArray(child) : cJSON_IsObject(child)))
+		return child;
+	cJSON_DeleteItemFromObjectCaseSensitive(parent, name);
+	return array ? cJSON_AddArrayToObject(parent, name) : cJSON_AddObjectToObject(parent, name);
+}
+
+void state_add_filter(struct state *state, const char *client_id, const char *filter)
+{
+	cJSON *filters = child_of(child_of(state->tree, "sessions", false), client_id, true);
+	if (find_filter(filters, filter) < 0)
+		cJSON_AddItemToArray(filters, cJSON_CreateString(filter));
+}
+
+void state_remove_filter(struct state *state, const char *client_id, const char *filter)
+{
+	cJSON *filters = filters_of(state, client_id);
+	int index = find_filter(filters, filter);
+	if (index >= 0)
+		cJSON_DeleteItemFromArray(filters, index);
+}
+
+static bool write_durably(int fd, const char *text)
+{
+	size_t length = strlen(text);
+	while (length > 0) {
+		ssize_t written = write(fd, text, length);
+		if (written < 0)
+			return false;
+		text += written;
+		length -= (size_t)written;
+	}
+	return fsync(fd) == 0;
+}
+
+static bool sync_directory(const char *directory)
+{
+	int fd = open(directory, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+	if (fd < 0)
+		return false;
+	bool synced = fsync(fd) == 0;
+	close(fd);
+	return synced;
+}
+
+bool state_save(struct state *state, char *error, size_t error_size)
+{
+	char *text = cJSON_Print(state->tree);
+	int fd = open(state->temporary, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
+	bool saved = text != NULL && fd >= 0 && write_durably(fd, text);
+	int reason = errno;
+	if (fd >= 0)
+		close(fd);
+	if (saved) {
+		saved = rename(state->temporary, state->path) == 0 && sync_directory(state->directory);
+		reason = errno;
+	}
+	if (!saved)
+		snprintf(error, error_size, "cannot write %s: %s", state->path, strerror(reason));
+	cJSON_free(text);
+	return saved;
+}

@@ -1,0 +1,584 @@
+/*
+ * See store.h.
+ *
+ * A batch is written in chunks of bounded bytes, so that a few messages whose BSON is six times their JSON do not pile up in memory
+ * (the driver copies what it sends). A chunk is durable message by message: the driver's reply lists the inserts and the
+ * errors with their index, and only when both together account for every document, and no write concern error is among
+ * them, is any of it believed. Everything else stays open for another attempt with the same _ids, where an earlier success
+ * shows as a duplicate key on _id.
+ */
+#include "store.h"
+
+#include "document.h"
+#include "log.h"
+#include "memory.h"
+
+#include <mongoc/mongoc.h>
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum {
+	CHUNK_BYTES = 8 * 1024 * 1024, /* far below the driver's 48 MB per wire message */
+	CHUNK_KEPT = 2 * 1024 * 1024,
+	SERVER_SELECTION_MS = 5000,
+	CONNECT_MS = 5000,
+	SOCKET_MS = 20000,
+	ERROR_API = 2,
+};
+
+struct store {
+	const struct config *config;
+	mongoc_write_concern_t *write_concern;
+	mongoc_uri_t *uri;
+	pthread_mutex_t lock;        /* guards the making of the pool */
+	mongoc_client_pool_t *pool;  /* NULL until its name has been resolved (mongodb+srv) */
+};
+
+/* Documents waiting for one insert, back to back, and the message each came from. */
+struct chunk {
+	struct buffer bytes;
+	size_t *starts;   /* of the documents; starts[count] is the end */
+	size_t *messages; /* index in the batch */
+	bson_t *documents;
+	size_t count, capacity;
+};
+
+struct store_scratch {
+	struct chunk stored, dead;
+};
+
+/* One store_write() under way. */
+struct write {
+	struct store *store;
+	struct store_scratch *scratch;
+	struct batch *batch;
+	struct store_report *report;
+	mongoc_client_t *client;
+	mongoc_collection_t *stored, *dead;
+};
+
+/* ---- error classes ---- */
+
+static bool one_of(int code, const int *codes)
+{
+	for (; *codes != 0; codes++)
+		if (*codes == code)
+			return true;
+	return false;
+}
+
+/* Server error codes that no other attempt with the same document can change. */
+static bool is_permanent(int code)
+{
+	static const int codes[] = {2, 9, 14, 15, 22, 52, 53, 56, 57, 121, 10334, 17280, 17419, 17420, 0};
+	return one_of(code, codes);
+}
+
+static bool is_configuration(uint32_t domain, int code)
+{
+	/* Unauthorized, AuthenticationFailed, UnknownReplWriteConcern, InvalidNamespace, view, and "retry needs a replica set". */
+	static const int codes[] = {13, 18, 73, 79, 166, 8000, 0};
+	return (domain == MONGOC_ERROR_CLIENT && code == MONGOC_ERROR_CLIENT_AUTHENTICATE) ||
+	       ((domain == MONGOC_ERROR_SERVER || domain == MONGOC_ERROR_WRITE_CONCERN) && one_of(code, codes));
+}
+
+static const char *remedy(uint32_t domain, int code)
+{
+	if ((domain == MONGOC_ERROR_CLIENT && code == MONGOC_ERROR_CLIENT_AUTHENTICATE) ||
+	    (domain == MONGOC_ERROR_SERVER && (code == 18 || code == 8000)))
+		return "; check user name, password and authSource in mongodb.uri";
+	if (domain == MONGOC_ERROR_SERVER && code == 13)
+		return "; the user of mongodb.uri needs the role readWrite on mongodb.database";
+	if (domain == MONGOC_ERROR_SERVER_SELECTION)
+		return "; is mongod running, and is mongodb.uri right?";
+	if (code == 79 || code == 100)
+		return "; check mongodb.write_concern.w against the replica set";
+	return "";
+}
+
+static void report_error(struct store_report *report, const bson_error_t *error, const char *what)
+{
+	enum store_class class =
+	    is_configuration(error->domain, (int)error->code) ? STORE_CONFIGURATION : STORE_TRANSIENT;
+	if (class < report->class)
+		return;
+	report->class = class;
+	snprintf(report->message, sizeof report->message, "%s: %s (%u)%s", what, error->message, (unsigned)error->code,
+	         remedy(error->domain, (int)error->code));
+}
+
+/* ---- connecting ---- */
+
+static void set_default_timeout(mongoc_uri_t *uri, const char *option, int milliseconds)
+{
+	if (!mongoc_uri_has_option(uri, option))
+		mongoc_uri_set_option_as_int32(uri, option, milliseconds);
+}
+
+/* Behind a keepalive of a minute the driver's own time-outs (30 s, 5 min) would be too long; retryable writes would
+ * double them, and our retry is the same _ids again. */
+static mongoc_uri_t *make_uri(const struct config *config)
+{
+	bson_error_t error;
+	mongoc_uri_t *uri = mongoc_uri_new_with_error(config->mongodb.uri, &error);
+	if (uri == NULL) /* config.c has checked it */
+		return NULL;
+	set_default_timeout(uri, MONGOC_URI_SERVERSELECTIONTIMEOUTMS, SERVER_SELECTION_MS);
+	set_default_timeout(uri, MONGOC_URI_CONNECTTIMEOUTMS, CONNECT_MS);
+	set_default_timeout(uri, MONGOC_URI_SOCKETTIMEOUTMS, SOCKET_MS);
+	mongoc_uri_set_option_as_bool(uri, MONGOC_URI_RETRYWRITES, false);
+	return uri;
+}
+
+static void set_w(mongoc_write_concern_t *concern, const char *w)
+{
+	char *end;
+	long number = strtol(w, &end, 10);
+	if (strcmp(w, "majority") == 0)
+		mongoc_write_concern_set_w(concern, MONGOC_WRITE_CONCERN_W_MAJORITY);
+	else if (*end == 0 && end != w)
+		mongoc_write_concern_set_w(concern, (int32_t)number);
+	else
+		mongoc_write_concern_set_wtag(concern, w);
+}
+
+/* A key of ours beats the URI, the URI beats our default. */
+static mongoc_write_concern_t *make_write_concern(const struct config_mongodb *config, const mongoc_uri_t *uri)
+{
+	const mongoc_write_concern_t *given = uri != NULL ? mongoc_uri_get_write_concern(uri) : NULL;
+	mongoc_write_concern_t *concern = given != NULL ? mongoc_write_concern_copy(given) : mongoc_write_concern_new();
+	if (config->w_set || mongoc_write_concern_get_w(concern) == MONGOC_WRITE_CONCERN_W_DEFAULT)
+		set_w(concern, config->w);
+	if (config->j_set || !mongoc_write_concern_journal_is_set(concern))
+		mongoc_write_concern_set_journal(concern, config->j);
+	if (config->write_timeout_set || mongoc_write_concern_get_wtimeout_int64(concern) == 0)
+		mongoc_write_concern_set_wtimeout_int64(concern, config->write_timeout_ms);
+	return concern;
+}
+
+static void driver_log(mongoc_log_level_t level, const char *domain, const char *message, void *context)
+{
+	if (level <= MONGOC_LOG_LEVEL_WARNING)
+		log_debug("driver", "%s: %s", domain, message);
+}
+
+struct store *store_create(const struct config *config)
+{
+	struct store *store = memory_zeroed(1, sizeof *store);
+	store->config = config;
+	mongoc_init();
+	mongoc_log_set_handler(driver_log, NULL);
+	store->uri = make_uri(config);
+	store->write_concern = make_write_concern(&config->mongodb, store->uri);
+	pthread_mutex_init(&store->lock, NULL);
+	return store;
+}
+
+void store_destroy(struct store *store)
+{
+	if (store == NULL)
+		return;
+	if (store->pool != NULL)
+		mongoc_client_pool_destroy(store->pool);
+	mongoc_write_concern_destroy(store->write_concern);
+	mongoc_uri_destroy(store->uri);
+	pthread_mutex_destroy(&store->lock);
+	free(store);
+}
+
+static mongoc_client_pool_t *make_pool(struct store *store, bson_error_t *error)
+{
+	mongoc_client_pool_t *pool = mongoc_client_pool_new_with_error(store->uri, error);
+	if (pool != NULL) {
+		mongoc_client_pool_set_error_api(pool, ERROR_API);
+		mongoc_client_pool_set_appname(pool, "mqtt2mongo");
+	}
+	return pool;
+}
+
+/* A client, or NULL with `report` filled. A mongodb+srv:// name is looked up here, hence the lazy pool. */
+static mongoc_client_t *borrow_client(struct store *store, struct store_report *report)
+{
+	bson_error_t error = {0};
+	pthread_mutex_lock(&store->lock);
+	if (store->pool == NULL && store->uri != NULL)
+		store->pool = make_pool(store, &error);
+	mongoc_client_pool_t *pool = store->pool;
+	pthread_mutex_unlock(&store->lock);
+	if (pool != NULL)
+		return mongoc_client_pool_pop(pool);
+	report->class = STORE_TRANSIENT;
+	snprintf(report->message, sizeof report->message, "cannot resolve the name in mongodb.uri: %s", error.message);
+	return NULL;
+}
+
+/* ---- chunks ---- */
+
+static void chunk_finish(struct chunk *chunk)
+{
+	buffer_finish(&chunk->bytes);
+	free(chunk->starts);
+	free(chunk->messages);
+	free(chunk->documents);
+}
+
+struct store_scratch *store_scratch_create(void)
+{
+	return memory_zeroed(1, sizeof(struct store_scratch));
+}
+
+void store_scratch_destroy(struct store_scratch *scratch)
+{
+	if (scratch == NULL)
+		return;
+	chunk_finish(&scratch->stored);
+	chunk_finish(&scratch->dead);
+	free(scratch);
+}
+
+static void chunk_reserve(struct chunk *chunk)
+{
+	if (chunk->count + 1 < chunk->capacity)
+		return;
+	chunk->capacity = chunk->capacity ? chunk->capacity * 2 : 64;
+	chunk->starts = memory_resize(chunk->starts, chunk->capacity * sizeof *chunk->starts);
+	chunk->messages = memory_resize(chunk->messages, chunk->capacity * sizeof *chunk->messages);
+	free(chunk->documents);
+	chunk->documents = memory_aligned(_Alignof(bson_t), chunk->capacity * sizeof *chunk->documents);
+}
+
+/* The bytes appended since the last document are the one of `message`. */
+static void chunk_add(struct chunk *chunk, size_t start, size_t message)
+{
+	chunk_reserve(chunk);
+	chunk->starts[chunk->count] = start;
+	chunk->messages[chunk->count++] = message;
+	chunk->starts[chunk->count] = chunk->bytes.length;
+}
+
+static void chunk_clear(struct chunk *chunk)
+{
+	chunk->count = 0;
+	buffer_reset(&chunk->bytes, CHUNK_KEPT);
+}
+
+/* ---- inserting ---- */
+
+static void settle(struct write *write, size_t message, enum batch_outcome outcome, enum document_reason reason)
+{
+	write->batch->messages[message].outcome = (uint8_t)outcome;
+	write->batch->messages[message].reason = (uint8_t)reason;
+}
+
+static void flush_chunk(struct write *write, struct chunk *chunk);
+
+/* Put the dead letter of a message behind the others. */
+static void bury(struct write *write, size_t message, const struct document_fault *fault)
+{
+	struct chunk *dead = &write->scratch->dead;
+	size_t start = dead->bytes.length;
+	if (start > CHUNK_BYTES) {
+		flush_chunk(write, dead);
+		start = 0;
+	}
+	write->batch->messages[message].reason = (uint8_t)fault->reason;
+	document_dead_letter(write->batch, &write->batch->messages[message], fault, write->store->config->consumer.topic,
+	                     &dead->bytes);
+	chunk_add(dead, start, message);
+}
+
+/* MongoDB will never take this document. A dead letter it does not take stays open: somebody must look at that collection. */
+static void refuse(struct write *write, const struct chunk *chunk, size_t index, enum document_reason reason,
+                   const char *text)
+{
+	if (chunk == &write->scratch->dead) {
+		write->report->class = STORE_CONFIGURATION;
+		snprintf(write->report->message, sizeof write->report->message,
+		         "MongoDB refuses a dead letter: %s; has the collection consumer.dead_letter a validator or unique index?",
+		         text);
+		return;
+	}
+	struct document_fault fault = {.reason = reason, .message = text};
+	bury(write, chunk->messages[index], &fault);
+}
+
+static void settle_inserted(struct write *write, const struct chunk *chunk, size_t index)
+{
+	size_t message = chunk->messages[index];
+	bool dead = chunk == &write->scratch->dead;
+	settle(write, message, dead ? BATCH_DEAD_LETTERED : BATCH_STORED, write->batch->messages[message].reason);
+}
+
+struct write_error {
+	int32_t index, code;
+	const char *message;
+	bool on_id; /* a duplicate key on _id, not on another unique index */
+};
+
+static bool names_id(const bson_iter_t *pattern)
+{
+	bson_iter_t key;
+	return bson_iter_recurse(pattern, &key) && bson_iter_next(&key) && strcmp(bson_iter_key(&key), "_id") == 0 &&
+	       !bson_iter_next(&key);
+}
+
+static struct write_error read_write_error(const bson_iter_t *entry)
+{
+	struct write_error error = {.index = -1, .message = ""};
+	bson_iter_t field;
+	if (!BSON_ITER_HOLDS_DOCUMENT(entry) || !bson_iter_recurse(entry, &field))
+		return error;
+	bool pattern_seen = false;
+	while (bson_iter_next(&field)) {
+		const char *key = bson_iter_key(&field);
+		if (strcmp(key, "index") == 0) {
+			error.index = (int32_t)bson_iter_as_int64(&field);
+		} else if (strcmp(key, "code") == 0) {
+			error.code = (int32_t)bson_iter_as_int64(&field);
+		} else if (strcmp(key, "errmsg") == 0 && BSON_ITER_HOLDS_UTF8(&field)) {
+			error.message = bson_iter_utf8(&field, NULL);
+		} else if (strcmp(key, "keyPattern") == 0 && BSON_ITER_HOLDS_DOCUMENT(&field)) {
+			pattern_seen = true;
+			error.on_id = names_id(&field);
+		}
+	}
+	if (!pattern_seen)
+		error.on_id = strstr(error.message, "index: _id_ ") != NULL;
+	return error;
+}
+
+static size_t array_length(const bson_t *reply, const char *name)
+{
+	bson_iter_t iter, entry;
+	size_t length = 0;
+	if (bson_iter_init_find(&iter, reply, name) && BSON_ITER_HOLDS_ARRAY(&iter) && bson_iter_recurse(&iter, &entry))
+		while (bson_iter_next(&entry))
+			length++;
+	return length;
+}
+
+/* The reply accounts for every document, and its write concern was met. */
+static bool is_complete(const bson_t *reply, size_t count)
+{
+	bson_iter_t iter;
+	int64_t inserted = 0;
+	if (bson_iter_init_find(&iter, reply, "insertedCount"))
+		inserted = bson_iter_as_int64(&iter);
+	return (uint64_t)inserted + array_length(reply, "writeErrors") == count &&
+	       array_length(reply, "writeConcernErrors") == 0 && !bson_has_field(reply, "writeConcernError");
+}
+
+static void settle_error(struct write *write, const struct chunk *chunk, size_t index, const struct write_error *error)
+{
+	if (error->code == 11000 && error->on_id) {
+		settle_inserted(write, chunk, index); /* our own earlier attempt: the _id was made by us */
+	} else if (error->code == 11000) {
+		refuse(write, chunk, index, DOCUMENT_UNIQUE_INDEX, error->message);
+	} else if (is_permanent(error->code)) {
+		refuse(write, chunk, index, DOCUMENT_REFUSED, error->message);
+	} else {
+		bson_error_t open = {.domain = MONGOC_ERROR_SERVER, .code = (uint32_t)error->code};
+		snprintf(open.message, sizeof open.message, "%s", error->message);
+		report_error(write->report, &open, "MongoDB did not store a document");
+	}
+}
+
+static void settle_reply(struct write *write, const struct chunk *chunk, size_t first, size_t count, const bson_t *reply)
+{
+	bool *failed = memory_zeroed(count, sizeof *failed);
+	bson_iter_t iter, entry;
+	if (bson_iter_init_find(&iter, reply, "writeErrors") && bson_iter_recurse(&iter, &entry)) {
+		while (bson_iter_next(&entry)) {
+			struct write_error error = read_write_error(&entry);
+			if (error.index < 0 || (size_t)error.index >= count || failed[error.index])
+				continue;
+			failed[error.index] = true;
+			settle_error(write, chunk, first + (size_t)error.index, &error);
+		}
+	}
+	for (size_t i = 0; i < count; i++)
+		if (!failed[i])
+			settle_inserted(write, chunk, first + i);
+	free(failed);
+}
+
+/* An error for the call as a whole that one document may have caused: find it by halves. */
+static bool may_hide_one_document(const bson_error_t *error)
+{
+	if (error->domain == MONGOC_ERROR_BSON)
+		return true;
+	if (error->domain == MONGOC_ERROR_COMMAND && error->code == MONGOC_ERROR_COMMAND_INVALID_ARG)
+		return true;
+	return error->domain == MONGOC_ERROR_SERVER && is_permanent((int)error->code);
+}
+
+static void insert_range(struct write *write, struct chunk *chunk, size_t first, size_t count)
+{
+	const bson_t **documents = memory_zeroed(count, sizeof(const bson_t *));
+	for (size_t i = 0; i < count; i++)
+		documents[i] = &chunk->documents[first + i];
+	mongoc_collection_t *collection = chunk == &write->scratch->dead ? write->dead : write->stored;
+	bson_t options, reply;
+	bson_error_t error = {0};
+	bson_init(&options);
+	BSON_APPEND_BOOL(&options, "ordered", false);
+	BSON_APPEND_BOOL(&options, "validate", false);
+	bool inserted = mongoc_collection_insert_many(collection, documents, count, &options, &reply, &error);
+	bson_destroy(&options);
+	free(documents);
+
+	if (is_complete(&reply, count)) {
+		settle_reply(write, chunk, first, count, &reply);
+	} else if (!inserted && may_hide_one_document(&error) && count > 1) {
+		insert_range(write, chunk, first, count / 2);
+		insert_range(write, chunk, first + count / 2, count - count / 2);
+	} else if (!inserted && may_hide_one_document(&error)) {
+		refuse(write, chunk, first, DOCUMENT_REFUSED, error.message);
+	} else {
+		if (inserted)
+			snprintf(error.message, sizeof error.message, "its answer does not account for every document");
+		report_error(write->report, &error, "cannot store in MongoDB");
+	}
+	bson_destroy(&reply);
+}
+
+static void flush_chunk(struct write *write, struct chunk *chunk)
+{
+	if (chunk->count == 0)
+		return;
+	for (size_t i = 0; i < chunk->count; i++)
+		if (!bson_init_static(&chunk->documents[i], chunk->bytes.data + chunk->starts[i],
+		                      chunk->starts[i + 1] - chunk->starts[i]))
+			abort(); /* we wrote it */
+	/* After a failure that is not about documents the rest of the batch would only wait for the same time-out. */
+	if (write->report->class == STORE_OK)
+		insert_range(write, chunk, 0, chunk->count);
+	chunk_clear(chunk);
+}
+
+static void add_message(struct write *write, size_t index)
+{
+	struct chunk *chunk = &write->scratch->stored;
+	struct batch_message *message = &write->batch->messages[index];
+	struct document_fault fault;
+	size_t start = chunk->bytes.length;
+	if (!document_build(write->batch, message, &chunk->bytes, &fault)) {
+		bury(write, index, &fault);
+		return;
+	}
+	if (chunk->bytes.length > CHUNK_BYTES && chunk->count > 0) {
+		/* Send what stood before; the new document moves to the front. */
+		size_t length = chunk->bytes.length - start;
+		struct buffer kept = {0};
+		buffer_append(&kept, chunk->bytes.data + start, length);
+		chunk->bytes.length = start;
+		flush_chunk(write, chunk);
+		buffer_finish(&chunk->bytes);
+		chunk->bytes = kept;
+		start = 0;
+	}
+	chunk_add(chunk, start, index);
+}
+
+static mongoc_collection_t *open_collection(struct write *write, const char *name)
+{
+	mongoc_collection_t *collection =
+	    mongoc_client_get_collection(write->client, write->store->config->mongodb.database, name);
+	mongoc_collection_set_write_concern(collection, write->store->write_concern);
+	return collection;
+}
+
+static void write_batch(struct write *write)
+{
+	const struct config_consumer *config = &write->store->config->consumer;
+	write->stored = open_collection(write, config->collection);
+	write->dead = open_collection(write, config->dead_letter);
+	for (size_t i = 0; i < write->batch->count; i++)
+		if (write->batch->messages[i].outcome == BATCH_OPEN)
+			add_message(write, i);
+	flush_chunk(write, &write->scratch->stored);
+	flush_chunk(write, &write->scratch->dead);
+	mongoc_collection_destroy(write->stored);
+	mongoc_collection_destroy(write->dead);
+}
+
+void store_write(struct store *store, struct store_scratch *scratch, struct batch *batch, struct store_report *report)
+{
+	*report = (struct store_report){0};
+	struct write write = {.store = store, .scratch = scratch, .batch = batch, .report = report};
+	write.client = borrow_client(store, report);
+	if (write.client != NULL) {
+		write_batch(&write);
+		mongoc_client_pool_push(store->pool, write.client);
+	}
+	report->open = batch_count_outcome(batch, BATCH_OPEN);
+	if (report->open > 0 && report->class == STORE_OK)
+		report->class = STORE_TRANSIENT;
+}
+
+/* ---- asking ---- */
+
+static bool run_command(struct store *store, const char *name, bson_t *reply, struct store_report *report)
+{
+	*report = (struct store_report){0};
+	mongoc_client_t *client = borrow_client(store, report);
+	if (client == NULL) {
+		bson_init(reply);
+		return false;
+	}
+	bson_t command;
+	bson_error_t error;
+	bson_init(&command);
+	BSON_APPEND_INT32(&command, name, 1);
+	bool done = mongoc_client_command_simple(client, store->config->mongodb.database, &command, NULL, reply, &error);
+	bson_destroy(&command);
+	mongoc_client_pool_push(store->pool, client);
+	if (!done)
+		report_error(report, &error, "MongoDB does not answer");
+	return done;
+}
+
+void store_ping(struct store *store, struct store_report *report)
+{
+	bson_t reply;
+	run_command(store, "ping", &reply, report);
+	bson_destroy(&reply);
+}
+
+static const char *text_field(const bson_t *document, const char *name, const char *otherwise)
+{
+	bson_iter_t iter;
+	if (bson_iter_init_find(&iter, document, name) && BSON_ITER_HOLDS_UTF8(&iter))
+		return bson_iter_utf8(&iter, NULL);
+	return otherwise;
+}
+
+bool store_describe(struct store *store, char *text, size_t size, struct store_report *report)
+{
+	bson_t build, hello;
+	bool known = run_command(store, "buildInfo", &build, report);
+	if (known) {
+		known = run_command(store, "hello", &hello, report);
+		const char *set = text_field(&hello, "setName", NULL);
+		snprintf(text, size, "MongoDB %s, %s%s", text_field(&build, "version", "?"), set ? "replica set " : "standalone",
+		         set ? set : " (a majority is one server: what its disk loses is lost)");
+		bson_destroy(&hello);
+	}
+	bson_destroy(&build);
+	return known;
+}
+
+void store_write_concern_text(const struct store *store, char *text, size_t size)
+{
+	const mongoc_write_concern_t *concern = store->write_concern;
+	int32_t w = mongoc_write_concern_get_w(concern);
+	char number[16];
+	snprintf(number, sizeof number, "%d", (int)w);
+	const char *name = w == MONGOC_WRITE_CONCERN_W_MAJORITY ? "majority"
+	                   : w == MONGOC_WRITE_CONCERN_W_TAG    ? mongoc_write_concern_get_wtag(concern)
+	                                                        : number;
+	snprintf(text, size, "w:%s, j:%s, timeout %lld ms", name, mongoc_write_concern_get_journal(concern) ? "true" : "false",
+	         (long long)mongoc_write_concern_get_wtimeout_int64(concern));
+}
