@@ -1,0 +1,221 @@
+/* See inspect.h. */
+#define _GNU_SOURCE
+#include "inspect.h"
+
+#include "batch.h"
+#include "document.h"
+#include "log.h"
+#include "memory.h"
+#include "mqtt.h"
+#include "store.h"
+
+#include <mosquitto.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+struct inspection {
+	uv_loop_t loop;
+	const struct config *config;
+	struct mqtt *mqtt;
+	bool closing;
+	bool dry_run;
+	int exit_code;
+	uv_signal_t interrupt, terminate;
+	struct batch batch;
+	struct buffer document;
+	uint64_t documents, dead_letters;
+};
+
+static void close_handle(uv_handle_t *handle, void *context)
+{
+	if (!uv_is_closing(handle))
+		uv_close(handle, NULL);
+}
+
+static void mqtt_closed(void *owner)
+{
+	struct inspection *inspection = owner;
+	uv_walk(&inspection->loop, close_handle, NULL);
+}
+
+static void end(struct inspection *inspection, int exit_code)
+{
+	if (inspection->closing)
+		return;
+	inspection->closing = true;
+	inspection->exit_code = exit_code;
+	mqtt_close(inspection->mqtt, mqtt_closed);
+}
+
+static void on_signal(uv_signal_t *handle, int number)
+{
+	end(handle->data, 0);
+}
+
+static void on_up(void *owner, const struct mqtt_granted *granted)
+{
+	struct inspection *inspection = owner;
+	const struct config *config = inspection->config;
+	if (!inspection->dry_run)
+		printf("broker    ok: %s, MQTT %s, keepalive %d s, maximum QoS %d, takes %d messages unacknowledged\n",
+		       mqtt_address(inspection->mqtt), config->mqtt.protocol == 5 ? "5" : "3.1.1", granted->keepalive_s,
+		       granted->maximum_qos, granted->receive_maximum);
+	if (inspection->dry_run)
+		mqtt_subscribe(inspection->mqtt, config->consumer.topic, 0);
+	else if (config->role & CONFIG_ROLE_CONSUMER)
+		mqtt_subscribe(inspection->mqtt, config->consumer.topic, config->consumer.qos > 1 ? 1 : config->consumer.qos);
+	else
+		end(inspection, 0);
+}
+
+static void on_down(void *owner)
+{
+	end(owner, 1); /* the connection has said why */
+}
+
+static void on_subscribed(void *owner, int reason)
+{
+	struct inspection *inspection = owner;
+	const char *filter = inspection->config->consumer.topic;
+	if (reason >= 0x80) {
+		printf("subscribe failed: the broker refuses %s (reason 0x%02x); check its access rules\n", filter, (unsigned)reason);
+		end(inspection, 1);
+	} else if (inspection->dry_run) {
+		fprintf(stderr, "dry run: printing what would be stored from %s; nothing is stored or acknowledged. Messages already "
+		                "queued for the service are not shown. Ctrl-C ends it\n",
+		        filter);
+	} else {
+		printf("subscribe ok: %s at QoS %d\n", filter, reason);
+		end(inspection, 0);
+	}
+}
+
+static void on_message(void *owner, const struct mqtt_message *message)
+{
+	struct inspection *inspection = owner;
+	uv_timeval64_t now;
+	uv_gettimeofday(&now);
+	batch_add(&inspection->batch, message, (size_t)inspection->config->consumer.max_payload,
+	          now.tv_sec * 1000 + now.tv_usec / 1000);
+}
+
+static void print_document(const struct buffer *bytes, const char *collection)
+{
+	bson_t document;
+	if (!bson_init_static(&document, bytes->data, bytes->length))
+		abort(); /* we wrote it */
+	char *text = bson_as_canonical_extended_json(&document, NULL);
+	printf("%s %s\n", collection, text != NULL ? text : "(cannot be printed)");
+	bson_free(text);
+}
+
+static void print_message(struct inspection *inspection, const struct batch_message *message)
+{
+	const struct config_consumer *config = &inspection->config->consumer;
+	struct document_fault fault;
+	buffer_reset(&inspection->document, SIZE_MAX);
+	if (document_build(&inspection->batch, message, &inspection->document, &fault)) {
+		inspection->documents++;
+		print_document(&inspection->document, config->collection);
+		return;
+	}
+	inspection->dead_letters++;
+	document_dead_letter(&inspection->batch, message, &fault, config->topic, &inspection->document);
+	print_document(&inspection->document, config->dead_letter);
+}
+
+static void on_drained(void *owner)
+{
+	struct inspection *inspection = owner;
+	size_t count = inspection->batch.count;
+	for (size_t i = 0; i < count; i++)
+		print_message(inspection, &inspection->batch.messages[i]);
+	fflush(stdout);
+	batch_reset(&inspection->batch);
+	mqtt_durable(inspection->mqtt, mqtt_generation(inspection->mqtt), count);
+}
+
+static const struct mqtt_handler check_handler = {.up = on_up, .down = on_down, .subscribed = on_subscribed};
+
+static const struct mqtt_handler dry_run_handler = {
+    .up = on_up,
+    .down = on_down,
+    .subscribed = on_subscribed,
+    .message = on_message,
+    .drained = on_drained,
+};
+
+static void watch(struct inspection *inspection, uv_signal_t *handle, int number)
+{
+	uv_signal_init(&inspection->loop, handle);
+	handle->data = inspection;
+	uv_signal_start(handle, on_signal, number);
+}
+
+static int inspect_broker(struct inspection *inspection, const struct mqtt_handler *handler)
+{
+	uint32_t random = 0;
+	uv_random(NULL, NULL, &random, sizeof random, 0, NULL);
+	char client_id[48];
+	snprintf(client_id, sizeof client_id, "mqtt2mongo-%s-%08x", inspection->dry_run ? "dry" : "check", (unsigned)random);
+	struct mqtt_options options = {
+	    .config = &inspection->config->mqtt, .client_id = client_id, .name = "broker", .clean_start = true};
+	signal(SIGPIPE, SIG_IGN);
+	mosquitto_lib_init();
+	uv_loop_init(&inspection->loop);
+	watch(inspection, &inspection->interrupt, SIGINT);
+	watch(inspection, &inspection->terminate, SIGTERM);
+	inspection->mqtt = mqtt_create(&inspection->loop, &options, handler, inspection);
+	mqtt_connect(inspection->mqtt);
+	uv_run(&inspection->loop, UV_RUN_DEFAULT);
+	uv_loop_close(&inspection->loop);
+	mosquitto_lib_cleanup();
+	return inspection->exit_code;
+}
+
+static int inspect_database(const struct config *config)
+{
+	struct store *store = store_create(config);
+	struct store_report report = {0};
+	char text[160], concern[128];
+	char *uri = config_redact_uri(config->mongodb.uri);
+	bool answers = store_describe(store, text, sizeof text, &report);
+	store_write_concern_text(store, concern, sizeof concern);
+	if (answers)
+		printf("database  ok: %s, %s\n", uri, text);
+	else
+		printf("database  failed: %s: %s\n", uri, report.message);
+	printf("would     store %s into %s.%s, what is not valid JSON into %s.%s, and acknowledge after %s\n", config->consumer.topic,
+	       config->mongodb.database, config->consumer.collection, config->mongodb.database, config->consumer.dead_letter,
+	       concern);
+	free(uri);
+	store_destroy(store);
+	return answers ? 0 : 1;
+}
+
+int inspect_check(const struct config *config)
+{
+	printf("config    ok%s%s\n", config->file != NULL ? ": " : "", config->file != NULL ? config->file : "");
+	struct inspection inspection = {.config = config};
+	int broker = inspect_broker(&inspection, &check_handler);
+	if (broker != 0)
+		printf("broker    failed: see above\n");
+	if (config->role & CONFIG_ROLE_PUBLISHER)
+		printf("would     publish to %s, %g messages a second at QoS %d\n", config->publisher.topic, config->publisher.rate,
+		       config->publisher.qos);
+	int database = config->role & CONFIG_ROLE_CONSUMER ? inspect_database(config) : 0;
+	return broker != 0 || database != 0 ? 1 : 0;
+}
+
+int inspect_dry_run(const struct config *config)
+{
+	struct inspection inspection = {.config = config, .dry_run = true};
+	int exit_code = inspect_broker(&inspection, &dry_run_handler);
+	fprintf(stderr, "dry run: %llu documents, %llu dead letters\n", (unsigned long long)inspection.documents,
+	        (unsigned long long)inspection.dead_letters);
+	batch_finish(&inspection.batch);
+	buffer_finish(&inspection.document);
+	return exit_code;
+}

@@ -1,0 +1,61 @@
+/* argv -> configuration -> service -> exit code: 0 well, 1 failed or something missing, 2 configuration. */
+#include "build.h"
+#include "config.h"
+#include "inspect.h"
+#include "log.h"
+#include "service.h"
+
+#include <signal.h>
+#include <stdio.h>
+
+extern char **environ;
+
+static int run(const struct config *config)
+{
+	if (MQTT2MONGO_GATE_OPEN)
+		log_warn("service", "THIS BUILD ACKNOWLEDGES BEFORE STORING AND LOSES MESSAGES: it was made with -Dgate=open for tests");
+	char error[512];
+	struct service *service = service_create(config, error, sizeof error);
+	if (service == NULL) {
+		log_error("service", "%s", error);
+		return 1;
+	}
+	int exit_code = 1;
+	if (service_start_role(service, config->role, error, sizeof error)) {
+		exit_code = service_run(service);
+	} else {
+		log_error("service", "%s", error);
+		service_stop(service);
+		service_run(service);
+	}
+	service_destroy(service);
+	return exit_code;
+}
+
+int main(int argc, char **argv)
+{
+	signal(SIGUSR1, SIG_IGN); /* until the service listens: asking for the sums too early must not end it */
+	signal(SIGHUP, SIG_IGN);
+	struct config config;
+	enum config_action action = config_load(&config, argc, argv, environ, stdout, stderr);
+	int exit_code = 0;
+	log_configure(config.log_level, config.log_format);
+	switch (action) {
+	case CONFIG_RUN:
+		exit_code = run(&config);
+		break;
+	case CONFIG_CHECK:
+		exit_code = inspect_check(&config);
+		break;
+	case CONFIG_DRY_RUN:
+		exit_code = inspect_dry_run(&config);
+		break;
+	case CONFIG_PRINTED:
+		break;
+	case CONFIG_INVALID:
+		exit_code = 2;
+		break;
+	}
+	config_finish(&config);
+	return exit_code;
+}

@@ -1,0 +1,417 @@
+/* See service.h. */
+#define _GNU_SOURCE
+#include "service.h"
+
+#include "consumer.h"
+#include "log.h"
+#include "memory.h"
+#include "publisher.h"
+#include "state.h"
+
+#include <mosquitto.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+enum {
+	STATUS_MS = 1000,
+	DRAIN_CHECK_MS = 100,   /* after the publisher's last message: has the consumer got it? */
+	DRAIN_MOST_MS = 10000,
+	UNSTOPPABLE_MS = 1000,  /* a worker that hangs in the resolver or the driver gets this long on top */
+	EXTRA_THREADS = 4,      /* for name resolution, connects and files, beside the storing workers */
+	SIGNALS = 4,
+};
+
+struct part {
+	bool running, stopping;
+	void (*stopped)(void *context);
+	void *context;
+};
+
+struct service {
+	uv_loop_t loop;
+	const struct config *config;
+	struct state *state;
+
+	struct consumer *consumer;
+	struct publisher *publisher;
+	struct part consumer_part, publisher_part;
+	bool subscribed; /* the consumer has been, since it was started */
+	struct metrics_consumer consumer_counters;
+	struct metrics_publisher publisher_counters;
+	bool consumer_ran, publisher_ran;
+
+	uv_signal_t signals[SIGNALS];
+	uv_timer_t shutdown, status, drain;
+	uv_prepare_t prepare;
+	struct metrics_loop lag;
+	uint64_t last_hrtime, last_idle;
+	uint64_t drain_since;
+	uint64_t status_stored, status_acked; /* at the last status line */
+	bool stopping, hurried, finished;
+	int exit_code;
+};
+
+static void finish_when_stopped(struct service *service);
+
+/* ---- the longest iteration ---- */
+
+/* Just before the loop waits: everything since the last time, less the waiting, was work. */
+static void measure_iteration(uv_prepare_t *prepare)
+{
+	struct service *service = container_of(prepare, struct service, prepare);
+	uint64_t now = uv_hrtime(), idle = uv_metrics_idle_time(&service->loop);
+	if (service->last_hrtime != 0) {
+		uint64_t busy_us = (now - service->last_hrtime - (idle - service->last_idle)) / 1000;
+		if (busy_us > service->lag.longest_iteration_us)
+			service->lag.longest_iteration_us = busy_us;
+	}
+	service->lag.iterations++;
+	service->last_hrtime = now;
+	service->last_idle = idle;
+}
+
+/* ---- the sums and the status line ---- */
+
+static void print_sums(struct service *service)
+{
+	char *sums = metrics_sums(service->consumer_ran ? &service->consumer_counters : NULL,
+	                          service->publisher_ran ? &service->publisher_counters : NULL, &service->lag,
+	                          service->config->log_format == LOG_FORMAT_JSON);
+	fputs(sums, stdout);
+	fflush(stdout);
+	free(sums);
+}
+
+static void show_status(uv_timer_t *timer)
+{
+	struct service *service = container_of(timer, struct service, status);
+	char text[320];
+	size_t length = 0;
+	text[0] = 0;
+	if (service->publisher != NULL) {
+		const struct metrics_publisher *counters = &service->publisher_counters;
+		length += (size_t)snprintf(text, sizeof text, "publisher: %s, %llu/s, %llu acked, %llu on the way",
+		                           publisher_status(service->publisher),
+		                           (unsigned long long)(counters->acked - service->status_acked),
+		                           (unsigned long long)counters->acked,
+		                           (unsigned long long)metrics_unacknowledged(counters));
+		service->status_acked = counters->acked;
+	}
+	if (service->consumer != NULL) {
+		const struct metrics_consumer *counters = &service->consumer_counters;
+		snprintf(text + length, sizeof text - length, "%sconsumer: %s, %llu/s, %llu stored, %llu dead letters, %llu in flight",
+		         length > 0 ? " | " : "", consumer_status(service->consumer),
+		         (unsigned long long)(counters->stored - service->status_stored), (unsigned long long)counters->stored,
+		         (unsigned long long)metrics_total(counters->dead_lettered, DOCUMENT_REASONS),
+		         (unsigned long long)metrics_in_flight(counters));
+		service->status_stored = counters->stored;
+	}
+	log_status(text);
+}
+
+static bool wants_status(const struct service *service)
+{
+	enum config_status wanted = service->config->log_status;
+	return wanted == CONFIG_STATUS_ON || (wanted == CONFIG_STATUS_AUTO && isatty(STDERR_FILENO));
+}
+
+/* ---- the parts ---- */
+
+static void part_stopped(struct service *service, struct part *part)
+{
+	struct part ended = *part;
+	*part = (struct part){0};
+	if (ended.stopped != NULL)
+		ended.stopped(ended.context);
+	finish_when_stopped(service);
+}
+
+static void consumer_stopped(void *owner)
+{
+	struct service *service = owner;
+	service->consumer = NULL;
+	service->subscribed = false;
+	state_unlock(service->state, "consumer");
+	log_info("service", "consumer stopped");
+	part_stopped(service, &service->consumer_part);
+}
+
+static void publisher_stopped(void *owner)
+{
+	struct service *service = owner;
+	service->publisher = NULL;
+	state_unlock(service->state, "publisher");
+	log_info("service", "publisher stopped");
+	part_stopped(service, &service->publisher_part);
+}
+
+static void consumer_subscribed(void *owner)
+{
+	struct service *service = owner;
+	service->subscribed = true;
+	if (service->publisher != NULL)
+		publisher_go(service->publisher);
+}
+
+static void stop_consumer(struct service *service)
+{
+	if (service->consumer == NULL || service->consumer_part.stopping)
+		return;
+	service->consumer_part.stopping = true;
+	consumer_stop(service->consumer, consumer_stopped);
+}
+
+static void stop_publisher(struct service *service)
+{
+	if (service->publisher == NULL || service->publisher_part.stopping)
+		return;
+	service->publisher_part.stopping = true;
+	publisher_stop(service->publisher, publisher_stopped);
+}
+
+static void check_drained(uv_timer_t *timer)
+{
+	struct service *service = container_of(timer, struct service, drain);
+	const struct metrics_publisher *sent = &service->publisher_counters;
+	bool received = service->consumer_counters.received >= sent->acked - sent->no_subscribers;
+	if (service->consumer == NULL || (received && metrics_in_flight(&service->consumer_counters) == 0))
+		service_stop(service);
+	else if (uv_now(&service->loop) - service->drain_since > DRAIN_MOST_MS) {
+		log_warn("service", "%llu messages acknowledged to the publisher, but only %llu received",
+		         (unsigned long long)sent->acked, (unsigned long long)service->consumer_counters.received);
+		service->exit_code = 1;
+		service_stop(service);
+	}
+}
+
+/* The publisher's count is reached. */
+static void publisher_done(void *owner)
+{
+	struct service *service = owner;
+	const struct metrics_publisher *counters = &service->publisher_counters;
+	log_info("publisher", "%llu messages acknowledged, %llu failed: done", (unsigned long long)counters->acked,
+	         (unsigned long long)counters->failed);
+	if (counters->failed > 0)
+		service->exit_code = 1;
+	service->drain_since = uv_now(&service->loop);
+	uv_timer_start(&service->drain, check_drained, 0, DRAIN_CHECK_MS);
+}
+
+static bool start_consumer(struct service *service, char *error, size_t error_size)
+{
+	static const struct consumer_handler handler = {.subscribed = consumer_subscribed};
+	if (service->consumer != NULL)
+		return true;
+	if (!state_lock(service->state, "consumer", error, error_size))
+		return false;
+	service->consumer = consumer_start(&service->loop, service->config, service->state, &service->consumer_counters,
+	                                   &handler, service, error, error_size);
+	if (service->consumer == NULL) {
+		state_unlock(service->state, "consumer");
+		return false;
+	}
+	service->consumer_part.running = service->consumer_ran = true;
+	return true;
+}
+
+static bool start_publisher(struct service *service, char *error, size_t error_size)
+{
+	static const struct publisher_handler handler = {.done = publisher_done};
+	if (service->publisher != NULL)
+		return true;
+	if (!state_lock(service->state, "publisher", error, error_size))
+		return false;
+	service->publisher = publisher_start(&service->loop, service->config, service->state, &service->publisher_counters,
+	                                     &handler, service);
+	service->publisher_part.running = service->publisher_ran = true;
+	/* The broker discards what nobody is subscribed to. */
+	if (service->consumer == NULL || service->subscribed)
+		publisher_go(service->publisher);
+	return true;
+}
+
+bool service_start_role(struct service *service, enum config_role role, char *error, size_t error_size)
+{
+	if ((role & CONFIG_ROLE_CONSUMER) && !start_consumer(service, error, error_size))
+		return false;
+	if ((role & CONFIG_ROLE_PUBLISHER) && !start_publisher(service, error, error_size))
+		return false;
+	/* A client id made just now has to be the same next time. */
+	return (role & CONFIG_ROLE_CONSUMER) || state_save(service->state, error, error_size);
+}
+
+void service_stop_role(struct service *service, enum config_role role, void (*stopped)(void *context), void *context)
+{
+	/* Of two parts the consumer is the last to go. */
+	struct part *last = (role & CONFIG_ROLE_CONSUMER) && service->consumer != NULL ? &service->consumer_part
+	                                                                               : &service->publisher_part;
+	last->stopped = stopped;
+	last->context = context;
+	if (role & CONFIG_ROLE_PUBLISHER)
+		stop_publisher(service);
+	if (role & CONFIG_ROLE_CONSUMER)
+		stop_consumer(service);
+}
+
+enum config_role service_roles(const struct service *service)
+{
+	return (enum config_role)((service->publisher != NULL ? CONFIG_ROLE_PUBLISHER : 0) |
+	                          (service->consumer != NULL ? CONFIG_ROLE_CONSUMER : 0));
+}
+
+/* ---- stopping ---- */
+
+static void close_handle(uv_handle_t *handle, void *context)
+{
+	if (!uv_is_closing(handle))
+		uv_close(handle, NULL);
+}
+
+static void finish_when_stopped(struct service *service)
+{
+	if (!service->stopping || service->finished)
+		return;
+	if (service->publisher == NULL)
+		stop_consumer(service); /* after the publisher, whose last messages it may have to store */
+	if (service->publisher != NULL || service->consumer != NULL)
+		return;
+	service->finished = true;
+	uv_walk(&service->loop, close_handle, NULL); /* only the service's own are left */
+}
+
+static void shutdown_timed_out(uv_timer_t *timer)
+{
+	struct service *service = container_of(timer, struct service, shutdown);
+	if (service->hurried) {
+		log_warn("service", "a worker is still busy with name resolution or MongoDB; exiting without waiting for it. What "
+		                    "is in flight was not acknowledged and comes again");
+		log_status(NULL);
+		print_sums(service);
+		_exit(service->exit_code);
+	}
+	log_warn("service", "shutdown_timeout has passed; handing back what is not stored");
+	service->hurried = true;
+	uv_timer_start(&service->shutdown, shutdown_timed_out, UNSTOPPABLE_MS, 0);
+	if (service->publisher != NULL)
+		publisher_hurry(service->publisher);
+	stop_consumer(service);
+	if (service->consumer != NULL)
+		consumer_hurry(service->consumer);
+}
+
+void service_stop(struct service *service)
+{
+	if (service->stopping)
+		return;
+	service->stopping = true;
+	uv_timer_stop(&service->drain);
+	uv_timer_start(&service->shutdown, shutdown_timed_out, (uint64_t)service->config->shutdown_timeout_ms, 0);
+	stop_publisher(service);
+	finish_when_stopped(service);
+}
+
+static void on_signal(uv_signal_t *handle, int number)
+{
+	struct service *service = handle->data;
+	switch (number) {
+	case SIGUSR1:
+		print_sums(service);
+		break;
+	case SIGHUP:
+		log_info("service", "SIGHUP ignored: the configuration is read at start-up only");
+		break;
+	default:
+		if (service->stopping) {
+			log_warn("service", "second signal: exiting at once; what is in flight was not acknowledged and comes again");
+			_exit(1);
+		}
+		log_info("service", "%s: stopping", number == SIGINT ? "SIGINT" : "SIGTERM");
+		service_stop(service);
+	}
+}
+
+/* ---- building ---- */
+
+static void watch_signals(struct service *service)
+{
+	static const int numbers[SIGNALS] = {SIGTERM, SIGINT, SIGUSR1, SIGHUP};
+	for (int i = 0; i < SIGNALS; i++) {
+		uv_signal_init(&service->loop, &service->signals[i]);
+		service->signals[i].data = service;
+		uv_signal_start(&service->signals[i], on_signal, numbers[i]);
+	}
+}
+
+static void size_thread_pool(const struct config *config)
+{
+	char threads[16];
+	snprintf(threads, sizeof threads, "%d", config->consumer.workers + EXTRA_THREADS);
+	setenv("UV_THREADPOOL_SIZE", threads, 1);
+}
+
+struct service *service_create(const struct config *config, char *error, size_t error_size)
+{
+	struct state *state = state_open(config->state_dir, error, error_size);
+	if (state == NULL)
+		return NULL;
+	struct service *service = memory_zeroed(1, sizeof *service);
+	service->config = config;
+	service->state = state;
+	size_thread_pool(config);
+	signal(SIGPIPE, SIG_IGN); /* the libraries write to sockets that may be gone */
+	mosquitto_lib_init();
+	uv_loop_init(&service->loop);
+	uv_loop_configure(&service->loop, UV_METRICS_IDLE_TIME);
+	uv_timer_init(&service->loop, &service->shutdown);
+	uv_timer_init(&service->loop, &service->status);
+	uv_timer_init(&service->loop, &service->drain);
+	uv_prepare_init(&service->loop, &service->prepare);
+	uv_prepare_start(&service->prepare, measure_iteration);
+	watch_signals(service);
+	return service;
+}
+
+void service_destroy(struct service *service)
+{
+	if (service == NULL)
+		return;
+	if (!service->finished) { /* never run: nothing but our own handles */
+		uv_walk(&service->loop, close_handle, NULL);
+		uv_run(&service->loop, UV_RUN_DEFAULT);
+	}
+	if (uv_loop_close(&service->loop) != 0) {
+		log_error("service", "a handle was left open at exit; please report this");
+		abort();
+	}
+	state_close(service->state);
+	mosquitto_lib_cleanup();
+	free(service);
+}
+
+int service_run(struct service *service)
+{
+	if (wants_status(service))
+		uv_timer_start(&service->status, show_status, STATUS_MS, STATUS_MS);
+	uv_run(&service->loop, UV_RUN_DEFAULT);
+	log_status(NULL);
+	print_sums(service);
+	return service->exit_code;
+}
+
+uv_loop_t *service_loop(struct service *service)
+{
+	return &service->loop;
+}
+
+const struct metrics_consumer *service_consumer_counters(const struct service *service)
+{
+	return &service->consumer_counters;
+}
+
+const struct metrics_publisher *service_publisher_counters(const struct service *service)
+{
+	return &service->publisher_counters;
+}
