@@ -1,0 +1,226 @@
+"""The real servers of the tests: a mosquitto broker and a mongod replica set of one, each on a free port of 127.0.0.1.
+
+Both have: start(), stop() (SIGTERM, as an operator would), kill9(), restart() (on the same port and data),
+sigstop()/sigcont() (frozen: connections stay open and say nothing), .log, .port.
+"""
+
+import getpass
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pymongo
+
+from processes import ROOT, Process, accepts, free_port, wait_until
+
+RECOMMENDED = ROOT / "config" / "mosquitto.conf"
+MINIMAL = "persistence false\n"
+
+
+def _program(variable, name):
+    found = os.environ.get(variable) or shutil.which(name) or shutil.which(name, path="/usr/sbin")
+    if not found and name == "mongod":
+        wheel = "lib/python3*/site-packages/fiftyone/db/bin/mongod"
+        found = next(iter(sorted(Path(os.environ.get("MQTT2MONGO_VENV", ROOT / "build" / "venv")).glob(wheel))), None)
+    assert found, f"no {name} here: run scripts/setup.sh, or set {variable}"
+    return str(found)
+
+
+def _start_listening(process, argv_for_port, port, timeout):
+    """Spawn, wait until the port accepts. A port of our own choosing may be taken by then: another try. The port."""
+    for last in (False, False, True):
+        chosen = port or free_port()
+        process.spawn(argv_for_port(chosen))
+        wait_until(lambda: not process.alive or accepts(chosen), timeout,
+                   lambda: f"{process.name} accepts connections\n{process.tail()}")
+        if process.alive:
+            return chosen
+        assert not port and not last, f"{process.name} ended at once:\n{process.tail()}"
+    return None
+
+
+class Mosquitto(Process):
+    """A broker with a configuration made for the test.
+
+    directory    holds configuration, log and persistent sessions
+    base         text to start from; None: the project's recommended config/mosquitto.conf, else a minimal one.
+                 Where it listens, who may connect and where it keeps things is always replaced
+    persistence  keep sessions and messages over a restart. Written when the broker stops and, if `autosave` is set, after
+                 each `autosave` changes, which is what survives kill9()
+    tls          a Certificates: `port` speaks TLS with its server certificate (or with `certificate`)
+    certificate  the Certificate to show
+    require_certificate  clients must show one that the authority signed
+    users        {name: password}: nobody else may connect. None: everybody
+    extra        further configuration lines; each replaces what `base` says for its keyword
+
+    port         where the service connects; plain_port: without TLS (the same one, unless tls), for the test's own clients
+    """
+
+    _OURS = {"listener", "port", "bind_address", "socket_domain", "persistence", "persistence_location", "persistence_file",
+             "log_dest", "pid_file", "user", "allow_anonymous", "password_file", "acl_file", "cafile", "capath", "certfile",
+             "keyfile", "crlfile", "require_certificate", "include_dir", "per_listener_settings"}
+
+    def __init__(self, directory, *, base=None, persistence=True, autosave=None, tls=None, certificate=None,
+                 require_certificate=False, users=None, extra=()):
+        super().__init__("mosquitto", directory)
+        self.base = base
+        self.persistence, self.autosave = persistence, autosave
+        self.tls, self.certificate, self.require_certificate = tls, certificate or (tls and tls.server), require_certificate
+        self.users = users
+        self.extra = list(extra)
+        self.port = self.plain_port = None
+        self.config = self.directory / "mosquitto.conf"
+
+    def _text(self, port):
+        base = self.base
+        if base is None:
+            base = RECOMMENDED.read_text() if RECOMMENDED.exists() else MINIMAL
+        lines = [f"user {getpass.getuser()}", "log_dest stderr", f"allow_anonymous {'false' if self.users else 'true'}",
+                 f"persistence {'true' if self.persistence else 'false'}", f"persistence_location {self.directory}/"]
+        if self.autosave:
+            lines += ["autosave_on_changes true", f"autosave_interval {self.autosave}"]
+        if self.users:
+            lines.append(f"password_file {self._password_file()}")
+        replaced = self._OURS | {line.split()[0] for line in lines + self.extra if line.strip()}
+        kept = [line for line in base.splitlines() if line.strip() and line.split()[0] not in replaced]
+        if self.tls:
+            lines.append(f"listener {self.plain_port} 127.0.0.1")
+        lines.append(f"listener {port} 127.0.0.1")
+        if self.tls:
+            lines += [f"cafile {self.tls.ca.cert}", f"certfile {self.certificate.cert}", f"keyfile {self.certificate.key}",
+                      f"require_certificate {'true' if self.require_certificate else 'false'}"]
+        return "\n".join(kept + lines + self.extra) + "\n"
+
+    def _password_file(self):
+        path = self.directory / "passwords"
+        path.unlink(missing_ok=True)
+        for index, (name, password) in enumerate(self.users.items()):
+            subprocess.run(["mosquitto_passwd", *(["-c"] if index == 0 else []), "-b", path, name, password], check=True,
+                           stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, timeout=10)
+        return path
+
+    def start(self):
+        """Start (again) with the present settings, wait until it accepts."""
+        def argv(port):
+            if not self.tls:
+                self.plain_port = port
+            elif self.plain_port is None:
+                self.plain_port = free_port()
+            self.config.write_text(self._text(port))
+            return [_program("MQTT2MONGO_MOSQUITTO", "mosquitto"), "-c", self.config]
+
+        self.port = _start_listening(self, argv, self.port, 10)
+        return self
+
+    def stop(self):
+        """SIGTERM: it writes its sessions, if persistent, and ends."""
+        status = self.terminate()
+        assert status == 0, f"mosquitto exited with {status}:\n{self.tail()}"
+
+    def restart(self):
+        """End it, if it still runs, and start it on the same port and data."""
+        if self.alive:
+            self.stop()
+        return self.start()
+
+
+class Mongod(Process):
+    """A replica set of one, so that writes can be w:majority, j:true.
+
+    auth         user "tester", password "secret" (in the URI); nothing goes without
+    failpoints   the test commands too: configureFailPoint makes the server fail or stall on demand
+    extra        further arguments
+
+    uri          what the service gets;  client()  a pymongo client of the test's own
+    """
+
+    USER, PASSWORD = "tester", "secret"
+
+    def __init__(self, directory, *, auth=False, failpoints=True, extra=()):
+        super().__init__("mongod", directory)
+        self.auth, self.failpoints, self.extra = auth, failpoints, list(extra)
+        self.port = None
+        self.data = self.directory / "data"
+        self.data.mkdir()
+        self.key_file = self.directory / "key"
+        if auth:
+            self.key_file.write_text("mqtt2mongo test key 0123456789\n")
+            self.key_file.chmod(0o600)
+        self._clients = []
+
+    @property
+    def log(self):
+        """mongod logs JSON lines to standard output."""
+        return super().log + (self.stdout.read_text(errors="replace") if self.stdout.exists() else "")
+
+    @property
+    def uri(self):
+        user = f"{self.USER}:{self.PASSWORD}@" if self.auth else ""
+        return f"mongodb://{user}127.0.0.1:{self.port}/?replicaSet=rs0"
+
+    def client(self, **options):
+        """A pymongo client; closed with the server. It gives up finding the server after 5 s."""
+        client = pymongo.MongoClient(self.uri, **{"serverSelectionTimeoutMS": 5000, **options})
+        self._clients.append(client)
+        return client
+
+    def start(self):
+        """Start (again), wait until it takes writes."""
+        def argv(port):
+            arguments = [_program("MQTT2MONGO_MONGOD", "mongod"), "--replSet", "rs0", "--bind_ip", "127.0.0.1", "--port", port,
+                         "--dbpath", self.data, "--nounixsocket", "--wiredTigerCacheSizeGB", "0.25", "--oplogSize", "64"]
+            for parameter in ["ttlMonitorEnabled=false", "diagnosticDataCollectionEnabled=false",
+                              *(["enableTestCommands=1"] if self.failpoints else [])]:
+                arguments += ["--setParameter", parameter]
+            if self.auth:
+                arguments += ["--keyFile", self.key_file]
+            return arguments + self.extra
+
+        first = self.port is None
+        self.port = _start_listening(self, argv, self.port, 30)
+        if first:
+            self._initiate()
+        with pymongo.MongoClient(self.uri, serverSelectionTimeoutMS=500) as client:
+            wait_until(lambda: self._primary(client), 30, lambda: f"mongod is primary\n{self.tail()}")
+        return self
+
+    def _initiate(self):
+        with pymongo.MongoClient("127.0.0.1", self.port, directConnection=True, serverSelectionTimeoutMS=10000) as client:
+            members = [{"_id": 0, "host": f"127.0.0.1:{self.port}"}]
+            client.admin.command("replSetInitiate", {"_id": "rs0", "members": members})
+            if self.auth:  # the localhost exception: the first user may be made by anybody here
+                wait_until(lambda: self._primary(client), 30, "mongod is primary")
+                client.admin.command("createUser", self.USER, pwd=self.PASSWORD, roles=["root"])
+
+    @staticmethod
+    def _primary(client):
+        try:
+            return client.admin.command("hello")["isWritablePrimary"]
+        except pymongo.errors.PyMongoError:
+            return False
+
+    def fail(self, mode, commands, **data):
+        """Make `commands` (such as ["insert"]) fail: mode {"times": 1}, "alwaysOn" or "off"; data for instance errorCode=91,
+        closeConnection=True, or blockConnection=True, blockTimeMS=3000; appName limits it to one client."""
+        with pymongo.MongoClient(self.uri, serverSelectionTimeoutMS=5000) as client:
+            command = {"configureFailPoint": "failCommand", "mode": mode}
+            if mode != "off":
+                command["data"] = {"failCommands": commands, **data}
+            client.admin.command(command)
+
+    def stop(self):
+        """SIGTERM, and wait. It may first wait ~10 s for a secondary that is not there to catch up."""
+        status = self.terminate(timeout=30)
+        assert status == 0, f"mongod exited with {status}:\n{self.tail()}"
+
+    def restart(self):
+        """End it, if it still runs, and start it on the same port and data."""
+        if self.alive:
+            self.stop()
+        return self.start()
+
+    def end(self):
+        for client in self._clients:
+            client.close()
+        super().end()
