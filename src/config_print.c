@@ -221,7 +221,7 @@ void config_print_man(FILE *output)
 		print_man_entry(output, &config_entries[i]);
 	fputs(
 	    ".SH SIGNALS\nSIGTERM and SIGINT store what is on its way and end the service; a second one ends it at "
-	    "once.\n.SH EXIT STATUS\n.TP\n0\nended as it should.\n.TP\n1\nsomething failed or is missing.\n.TP\n2\nthe "
+	    "once. SIGUSR1 prints the sums. SIGHUP is ignored.\n.SH EXIT STATUS\n.TP\n0\nended as it should.\n.TP\n1\nsomething failed or is missing.\n.TP\n2\nthe "
 	    "configuration is wrong; standard error says where.\n.SH EXAMPLES\n",
 	    output);
 	for (size_t i = 0; i < sizeof EXAMPLES / sizeof EXAMPLES[0]; i++) {
