@@ -1,9 +1,9 @@
 /*
  * The floor of the drain benchmark: libmosquitto and nothing else.
  *
- *   bare publish   PORT COUNT TOPIC           publish COUNT 110-byte JSON messages at QoS 1, exit when all are acknowledged
- *   bare subscribe PORT COUNT TOPIC CLIENT WINDOW   take up a persistent session, discard COUNT messages, exit
- *   bare session   PORT TOPIC CLIENT          make a persistent session subscribed to TOPIC, disconnect
+ *   bare publish   PORT COUNT TOPIC           publish COUNT 110-byte JSON messages at QoS 1, exit when all are
+ * acknowledged bare subscribe PORT COUNT TOPIC CLIENT WINDOW   take up a persistent session, discard COUNT messages,
+ * exit bare session   PORT TOPIC CLIENT          make a persistent session subscribed to TOPIC, disconnect
  *
  * MQTT 5, 127.0.0.1. A blocking loop of the library's own.
  */
@@ -18,7 +18,8 @@ static long seen, wanted;
 static const char *filter;
 static bool session_only, done;
 
-static void on_connect(struct mosquitto *client, void *context, int reason, int flags, const mosquitto_property *properties)
+static void on_connect(struct mosquitto *client, void *context, int reason, int flags,
+                       const mosquitto_property *properties)
 {
 	(void)context, (void)flags, (void)properties;
 	if (reason != 0) {
@@ -72,10 +73,11 @@ static void publish_window(struct mosquitto *client, const char *topic, long *se
 {
 	char payload[160];
 	while (*sent < wanted && *sent - seen < 1000) {
-		int length = snprintf(payload, sizeof payload,
-		                      "{\"device\":\"device-%03ld\",\"sequence\":%ld,\"time\":\"2026-11-22T20:18:24.123Z\","
-		                      "\"temperature\":21.53,\"online\":true}",
-		                      *sent % 100, *sent);
+		int length =
+		    snprintf(payload, sizeof payload,
+		             "{\"device\":\"device-%03ld\",\"sequence\":%ld,\"time\":\"2026-11-22T20:18:24.123Z\","
+		             "\"temperature\":21.53,\"online\":true}",
+		             *sent % 100, *sent);
 		mosquitto_publish(client, NULL, topic, length, payload, 1, false);
 		++*sent;
 	}

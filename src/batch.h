@@ -27,9 +27,9 @@ enum batch_outcome {
 };
 
 struct batch_message {
-	size_t topic;            /* offset in the arena; NUL-terminated */
-	size_t payload;          /* offset in the arena; NUL-terminated beyond its length */
-	size_t digest;           /* offset in the arena, when truncated */
+	size_t topic;   /* offset in the arena; NUL-terminated */
+	size_t payload; /* offset in the arena; NUL-terminated beyond its length */
+	size_t digest;  /* offset in the arena, when truncated */
 	uint32_t topic_length;
 	uint32_t payload_length; /* bytes kept */
 	uint32_t full_length;    /* bytes received */
@@ -49,8 +49,8 @@ struct batch {
 };
 
 /*
- * Append a copy of `message`. Of a payload above `max_payload` bytes only the first BATCH_TRUNCATED_BYTES are kept, with the
- * length and the SHA-256 of the whole. `received_at`: ms since 1970. Loop thread.
+ * Append a copy of `message`. Of a payload above `max_payload` bytes only the first BATCH_TRUNCATED_BYTES are kept,
+ * with the length and the SHA-256 of the whole. `received_at`: ms since 1970. Loop thread.
  */
 void batch_add(struct batch *batch, const struct mqtt_message *message, size_t max_payload, int64_t received_at);
 

@@ -24,17 +24,17 @@ static const struct config_choice ROLES[] = {
     {"publisher", CONFIG_ROLE_PUBLISHER}, {"consumer", CONFIG_ROLE_CONSUMER}, {"both", CONFIG_ROLE_BOTH}, {NULL, 0}};
 static const struct config_choice PROTOCOLS[] = {{"5", 5}, {"3.1.1", 4}, {NULL, 0}};
 static const struct config_choice LEVELS[] = {{"debug", LOG_LEVEL_DEBUG},
-					      {"info", LOG_LEVEL_INFO},
-					      {"warn", LOG_LEVEL_WARN},
-					      {"error", LOG_LEVEL_ERROR},
-					      {NULL, 0}};
+                                              {"info", LOG_LEVEL_INFO},
+                                              {"warn", LOG_LEVEL_WARN},
+                                              {"error", LOG_LEVEL_ERROR},
+                                              {NULL, 0}};
 static const struct config_choice FORMATS[] = {{"text", LOG_FORMAT_TEXT}, {"json", LOG_FORMAT_JSON}, {NULL, 0}};
 static const struct config_choice STATUSES[] = {
     {"auto", CONFIG_STATUS_AUTO}, {"on", CONFIG_STATUS_ON}, {"off", CONFIG_STATUS_OFF}, {NULL, 0}};
 
 _Static_assert(sizeof(enum config_role) == sizeof(int) && sizeof(enum config_status) == sizeof(int) &&
-		   sizeof(enum log_level) == sizeof(int) && sizeof(enum log_format) == sizeof(int),
-	       "choices are stored as int");
+                   sizeof(enum log_level) == sizeof(int) && sizeof(enum log_format) == sizeof(int),
+               "choices are stored as int");
 
 #define AT(member)  .offset = offsetof(struct config, member)
 #define SET(member) .set_offset = offsetof(struct config, member)
@@ -270,7 +270,7 @@ static void store(struct config *config, const struct config_entry *entry, const
 }
 
 void config_offer(struct config_loader *loader, enum config_source source, const struct config_entry *entry,
-		  enum config_kind kind, const char *text, const char *place)
+                  enum config_kind kind, const char *text, const char *place)
 {
 	struct config_value value;
 	struct config_setting *setting = &loader->settings[entry - config_entries];
@@ -314,7 +314,7 @@ static void read_environment(struct config_loader *loader)
 		char *hint = config_suggest(CONFIG_SOURCE_ENVIRONMENT, *variable, length);
 		if (entry != NULL)
 			config_offer(loader, CONFIG_SOURCE_ENVIRONMENT, entry, CONFIG_KIND_PLAIN,
-				     *variable + length + 1, name);
+			             *variable + length + 1, name);
 		else
 			config_warning(loader, "environment variable %s has no effect%s", name, hint);
 		free(name);
@@ -358,9 +358,9 @@ static void wipe_argument(struct config_loader *loader, const struct config_entr
 	if (!harmless) {
 		char *file = memory_format("%s_file", entry->key), *flag = config_spell(CONFIG_SOURCE_FLAG, file);
 		config_warning(loader,
-			       "%s: a secret on the command line can be seen by other users, write it to a "
-			       "file and give %s",
-			       config_place(loader, entry->key), flag);
+		               "%s: a secret on the command line can be seen by other users, write it to a "
+		               "file and give %s",
+		               config_place(loader, entry->key), flag);
 		free(flag);
 		free(file);
 	}
@@ -369,12 +369,12 @@ static void wipe_argument(struct config_loader *loader, const struct config_entr
 }
 
 static void read_key_flag(struct config_loader *loader, struct arguments *arguments, const struct config_entry *entry,
-			  char *behind_name)
+                          char *behind_name)
 {
 	char *flag = config_spell(CONFIG_SOURCE_FLAG, entry->key), *value = NULL;
 	if (entry->type == CONFIG_TYPE_BOOLEAN) {
 		config_offer(loader, CONFIG_SOURCE_FLAG, entry, CONFIG_KIND_PLAIN, take_boolean(arguments, behind_name),
-			     flag);
+		             flag);
 	} else if ((value = take_value(arguments, behind_name)) == NULL) {
 		config_error(loader, "%s needs a value, as in %s=VALUE", flag, flag);
 	} else {
@@ -409,7 +409,7 @@ static void unknown_argument(struct config_loader *loader, struct arguments *arg
 {
 	if (argument[0] != '-') {
 		config_error(loader, "argument %d belongs to no flag; a value with spaces needs quotes",
-			     arguments->next - 1);
+		             arguments->next - 1);
 		return;
 	}
 	char *hint = config_suggest(CONFIG_SOURCE_FLAG, argument, length), *name = strndup(argument, length);
@@ -447,10 +447,10 @@ static bool print_and_end(struct config_loader *loader, int argc, char **argv)
 		const char *flag;
 		void (*print)(FILE *output);
 	} PRINTERS[] = {{"--help", config_print_help},
-			{"-h", config_print_help},
-			{"--version", config_print_version},
-			{"--man", config_print_man},
-			{"--markdown", config_print_markdown}};
+	                {"-h", config_print_help},
+	                {"--version", config_print_version},
+	                {"--man", config_print_man},
+	                {"--markdown", config_print_markdown}};
 	for (int i = 1; i < argc; i++)
 		for (size_t j = 0; j < sizeof PRINTERS / sizeof PRINTERS[0]; j++)
 			if (strcmp(argv[i], PRINTERS[j].flag) == 0) {
@@ -470,7 +470,7 @@ static void settle_role(struct config_loader *loader)
 		return;
 	if (config->role == CONFIG_ROLE_PUBLISHER)
 		config_error(loader, "%s: --dry-run shows what the consumer would store, the role must be consumer",
-			     config_place(loader, "role"));
+		             config_place(loader, "role"));
 	config->role = CONFIG_ROLE_CONSUMER;
 }
 
@@ -479,10 +479,10 @@ static void require_role(struct config_loader *loader)
 	if (loader->config->role != CONFIG_ROLE_NONE || config_is_set(loader, "role"))
 		return;
 	config_error(loader, "no role is given, say what this process shall do, for example one of:\n"
-			     "  mqtt2mongo --role publisher --mqtt-host localhost\n"
-			     "  mqtt2mongo --role consumer --mqtt-host localhost --mongodb-uri "
-			     "mongodb://localhost:27017\n"
-			     "  mqtt2mongo --role both");
+	                     "  mqtt2mongo --role publisher --mqtt-host localhost\n"
+	                     "  mqtt2mongo --role consumer --mqtt-host localhost --mongodb-uri "
+	                     "mongodb://localhost:27017\n"
+	                     "  mqtt2mongo --role both");
 }
 
 static void load(struct config_loader *loader, int argc, char **argv)
@@ -500,7 +500,7 @@ static void load(struct config_loader *loader, int argc, char **argv)
 }
 
 enum config_action config_load(struct config *config, int argc, char **argv, char **environment, FILE *output,
-			       FILE *errors)
+                               FILE *errors)
 {
 	struct config_loader loader = {
 	    .config = config, .environment = environment, .output = output, .errors = errors, .action = CONFIG_RUN};

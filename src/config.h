@@ -35,16 +35,16 @@ enum config_action {
 
 struct config_tls {
 	bool enabled;
-	char *ca;       /* PEM file, or NULL: the system's CAs */
-	char *cert;     /* PEM file, or NULL */
-	char *key;      /* PEM file, or NULL */
-	bool insecure;  /* no host name check */
+	char *ca;      /* PEM file, or NULL: the system's CAs */
+	char *cert;    /* PEM file, or NULL */
+	char *key;     /* PEM file, or NULL */
+	bool insecure; /* no host name check */
 };
 
 struct config_mqtt {
 	char *host;
-	int port;                   /* 1 to 65535 */
-	char *username, *password;  /* or NULL; password_file is already read into password */
+	int port;                  /* 1 to 65535 */
+	char *username, *password; /* or NULL; password_file is already read into password */
 	char *password_file;
 	char *client_id;            /* NULL: made once, kept in the state directory */
 	int protocol;               /* 5 or 4 (3.1.1) */
@@ -57,29 +57,30 @@ struct config_mqtt {
 };
 
 struct config_mongodb {
-	char *uri;      /* uri_file is already read into it */
+	char *uri; /* uri_file is already read into it */
 	char *uri_file;
 	char *database;
-	char *w;        /* "majority", a number ≥ 1, or a tag set's name */
+	char *w; /* "majority", a number ≥ 1, or a tag set's name */
 	bool j;
 	int64_t write_timeout_ms;
-	bool w_set, j_set, write_timeout_set; /* set by the user: then the key beats the URI; else the URI beats the default */
+	bool w_set, j_set,
+	    write_timeout_set; /* set by the user: then the key beats the URI; else the URI beats the default */
 };
 
 struct config_consumer {
 	char *topic; /* filter */
 	int qos;     /* 0 to 2; 2 is subscribed as 1 */
 	char *collection, *dead_letter;
-	int workers;               /* 1 to 64 */
-	int64_t max_payload;       /* bytes, up to 15 MiB */
-	int64_t batch_count;       /* messages */
-	int64_t batch_bytes;       /* topic + payload bytes */
+	int workers;         /* 1 to 64 */
+	int64_t max_payload; /* bytes, up to 15 MiB */
+	int64_t batch_count; /* messages */
+	int64_t batch_bytes; /* topic + payload bytes */
 };
 
 struct config_publisher {
-	char *topic;     /* may hold {device} */
-	double rate;     /* messages per second, 0.1 to 20000 */
-	int64_t count;   /* 0: endless */
+	char *topic;   /* may hold {device} */
+	double rate;   /* messages per second, 0.1 to 20000 */
+	int64_t count; /* 0: endless */
 	int qos;
 	int64_t devices; /* 1 to 1,000,000 */
 	bool seed_set;   /* false: random */

@@ -38,15 +38,15 @@ static void refuse_url(struct config_loader *loader, const char *url)
 	bool tls = strncmp(url, "mqtts:", 6) == 0 || strncmp(url, "ssl:", 4) == 0 || strncmp(url, "tls:", 4) == 0;
 	if (strncmp(url, "ws", 2) == 0) {
 		config_error(loader,
-			     "%s: MQTT over WebSockets is not supported, give the host and port of the "
-			     "broker's plain or TLS listener",
-			     config_place(loader, "mqtt.host"));
+		             "%s: MQTT over WebSockets is not supported, give the host and port of the "
+		             "broker's plain or TLS listener",
+		             config_place(loader, "mqtt.host"));
 		return;
 	}
 	config_error(loader, "%s: is a URL, write mqtt.host \"%.*s\"%s%.*s%s%s instead",
-		     config_place(loader, "mqtt.host"), host_length, host, port_length != 0 ? ", mqtt.port " : "",
-		     port_length, host + host_length + 1, tls ? ", mqtt.tls.enabled true" : "",
-		     at != NULL ? ", mqtt.username and mqtt.password_file" : "");
+	             config_place(loader, "mqtt.host"), host_length, host, port_length != 0 ? ", mqtt.port " : "",
+	             port_length, host + host_length + 1, tls ? ", mqtt.tls.enabled true" : "",
+	             at != NULL ? ", mqtt.username and mqtt.password_file" : "");
 }
 
 static void check_host(struct config_loader *loader)
@@ -58,15 +58,15 @@ static void check_host(struct config_loader *loader)
 		refuse_url(loader, host);
 	else if (host[0] == '[')
 		config_error(loader,
-			     "%s: write an IPv6 address without brackets, as in \"::1\", and the port in mqtt.port",
-			     place);
+		             "%s: write an IPv6 address without brackets, as in \"::1\", and the port in mqtt.port",
+		             place);
 	else if (colon != NULL && strchr(colon + 1, ':') == NULL)
 		config_error(loader, "%s: holds a port, write mqtt.host \"%.*s\" and mqtt.port %s instead", place,
-			     (int)(colon - host), host, colon[1] != '\0' ? colon + 1 : "1883");
+		             (int)(colon - host), host, colon[1] != '\0' ? colon + 1 : "1883");
 	else if (strcspn(host, " \t\r\n/@,?#") != length)
 		config_error(loader,
-			     "%s: is not a host name or address, there must be no space, slash, comma or @ in it",
-			     place);
+		             "%s: is not a host name or address, there must be no space, slash, comma or @ in it",
+		             place);
 }
 
 static void check_file(struct config_loader *loader, const char *key, const char *path)
@@ -79,7 +79,7 @@ static void check_file(struct config_loader *loader, const char *key, const char
 		config_error(loader, "%s: cannot read %s: %s", config_place(loader, key), path, strerror(errno));
 	else if (fstat(file, &status) == 0 && S_ISDIR(status.st_mode))
 		config_error(loader, "%s: %s is a directory, give a file in PEM format", config_place(loader, key),
-			     path);
+		             path);
 	if (file >= 0)
 		close(file);
 }
@@ -93,19 +93,19 @@ static void check_tls(struct config_loader *loader)
 		check_file(loader, KEYS[i], files[i]);
 		if (files[i] != NULL && !tls->enabled)
 			config_error(loader, "%s: has no effect without TLS, set mqtt.tls.enabled to true",
-				     config_place(loader, KEYS[i]));
+			             config_place(loader, KEYS[i]));
 	}
 	if (tls->cert != NULL && tls->key == NULL)
 		config_error(loader, "%s: needs mqtt.tls.key, the file with the certificate's private key",
-			     config_place(loader, "mqtt.tls.cert"));
+		             config_place(loader, "mqtt.tls.cert"));
 	if (tls->key != NULL && tls->cert == NULL)
 		config_error(loader, "%s: needs mqtt.tls.cert, the file with the key's certificate",
-			     config_place(loader, "mqtt.tls.key"));
+		             config_place(loader, "mqtt.tls.key"));
 	if (tls->insecure)
 		config_warning(loader,
-			       "%s: the broker's host name is not checked, whoever has a certificate of a trusted "
-			       "authority can pose as the broker",
-			       config_place(loader, "mqtt.tls.insecure"));
+		               "%s: the broker's host name is not checked, whoever has a certificate of a trusted "
+		               "authority can pose as the broker",
+		               config_place(loader, "mqtt.tls.insecure"));
 }
 
 static void check_mqtt(struct config_loader *loader)
@@ -116,20 +116,20 @@ static void check_mqtt(struct config_loader *loader)
 		mqtt->port = PORT_TLS;
 	if (mqtt->reconnect_min_ms > mqtt->reconnect_max_ms)
 		config_error(loader, "%s: is longer than mqtt.reconnect.max, lower it or raise mqtt.reconnect.max",
-			     config_place(loader, "mqtt.reconnect.min"));
+		             config_place(loader, "mqtt.reconnect.min"));
 	if (mqtt->protocol != 5 && mqtt->password != NULL && mqtt->username == NULL)
 		config_error(loader, "%s: MQTT 3.1.1 has no password without a user name, set mqtt.username",
-			     config_place(loader, config_is_set(loader, "mqtt.password") ? "mqtt.password"
-											 : "mqtt.password_file"));
+		             config_place(loader, config_is_set(loader, "mqtt.password") ? "mqtt.password"
+		                                                                         : "mqtt.password_file"));
 	for (size_t i = 0; i < sizeof ONLY_5 / sizeof ONLY_5[0] && mqtt->protocol != 5; i++)
 		if (config_is_set(loader, ONLY_5[i]))
 			config_warning(loader, "%s: has no effect with MQTT 3.1.1, there the broker decides",
-				       config_place(loader, ONLY_5[i]));
+			               config_place(loader, ONLY_5[i]));
 	if (mqtt->session_expiry_ms == 0 && mqtt->protocol == 5)
 		config_warning(loader,
-			       "%s: the broker forgets unacknowledged messages with the connection, a restart or "
-			       "a network failure loses them",
-			       config_place(loader, "mqtt.session_expiry"));
+		               "%s: the broker forgets unacknowledged messages with the connection, a restart or "
+		               "a network failure loses them",
+		               config_place(loader, "mqtt.session_expiry"));
 }
 
 /* The text is UTF-8 as MQTT wants it: well formed, no control characters (MQTT 5 §1.5.4, RFC 3629). */
@@ -181,13 +181,13 @@ static void check_publisher_topic(struct config_loader *loader)
 		config_error(loader, "%s: is not UTF-8 without control characters, as MQTT topics must be", place);
 	else if (strpbrk(topic, "+#") != NULL)
 		config_error(loader,
-			     "%s: + and # are for subscribing only, write {device} where the device's name shall "
-			     "stand",
-			     place);
+		             "%s: + and # are for subscribing only, write {device} where the device's name shall "
+		             "stand",
+		             place);
 	for (const char *brace = strchr(topic, '{'); brace != NULL; brace = strchr(brace + 1, '{'))
 		if (strncmp(brace, "{device}", 8) != 0)
 			config_warning(loader, "%s: only {device} is replaced, other braces are published as they are",
-				       place);
+			               place);
 }
 
 /* What is wrong with a collection's name (MongoDB manual, "Naming Restrictions"), or NULL. */
@@ -247,18 +247,18 @@ static void check_consumer(struct config_loader *loader)
 	complain(loader, "consumer.dead_letter", collection_fault(consumer->dead_letter, database));
 	if (strcmp(consumer->collection, consumer->dead_letter) == 0)
 		complain(loader, "consumer.dead_letter",
-			 "is the same as consumer.collection, dead letters need a collection of their own");
+		         "is the same as consumer.collection, dead letters need a collection of their own");
 	if (consumer->qos == 0)
 		config_warning(loader,
-			       "%s: 0 promises less than 1: what is on its way while a connection or process ends "
-			       "is lost",
-			       config_place(loader, "consumer.qos"));
+		               "%s: 0 promises less than 1: what is on its way while a connection or process ends "
+		               "is lost",
+		               config_place(loader, "consumer.qos"));
 	if (consumer->qos == 2)
 		config_note(loader, "%s: subscribed as QoS 1, which loses nothing either; a message can come twice",
-			    config_place(loader, "consumer.qos"));
+		            config_place(loader, "consumer.qos"));
 	if (consumer->batch_bytes < consumer->max_payload && config_is_set(loader, "consumer.batch.bytes"))
 		complain(loader, "consumer.batch.bytes",
-			 "is less than consumer.max_payload, a batch must hold at least one message");
+		         "is less than consumer.max_payload, a batch must hold at least one message");
 	else if (consumer->batch_bytes < consumer->max_payload)
 		consumer->batch_bytes = consumer->max_payload;
 }
@@ -272,19 +272,19 @@ static void check_write_concern(struct config_loader *loader)
 	long members = number ? strtol(mongodb->w, NULL, 10) : 0;
 	if (number && members == 0)
 		complain(loader, w_key,
-			 "0 is refused, acknowledging to the broker would promise nothing; the least is 1");
+		         "0 is refused, acknowledging to the broker would promise nothing; the least is 1");
 	else if ((number && (members < 0 || members > 50)) || (!number && mongodb->w[0] == '-'))
 		complain(loader, w_key, "must be majority, 1 to 50 members, or the name of a write concern");
 	else if (number)
 		config_warning(loader,
-			       "%s: %s promises less than majority, unless that many members are one: a stored "
-			       "message can be rolled back when the primary fails",
-			       config_place(loader, w_key), mongodb->w);
+		               "%s: %s promises less than majority, unless that many members are one: a stored "
+		               "message can be rolled back when the primary fails",
+		               config_place(loader, w_key), mongodb->w);
 	if (!mongodb->j)
 		config_warning(loader,
-			       "%s: false promises less than the default: a stored message can be lost when the "
-			       "database crashes",
-			       config_place(loader, j_key));
+		               "%s: false promises less than the default: a stored message can be lost when the "
+		               "database crashes",
+		               config_place(loader, j_key));
 }
 
 /* One line feed at the end, also as CR LF, is the editor's and not the secret's. */
@@ -301,19 +301,19 @@ static void warn_if_readable(struct config_loader *loader, const char *key, cons
 	struct stat status;
 	if (stat(path, &status) == 0 && S_ISREG(status.st_mode) && (status.st_mode & (S_IRGRP | S_IROTH)) != 0)
 		config_warning(loader, "%s: %s can be read by other users: chmod 600 %s", config_place(loader, key),
-			       path, path);
+		               path, path);
 }
 
 /* Replace *secret by what the file holds. `key` names the secret, `file_key` the file. */
 static void read_secret(struct config_loader *loader, const char *key, const char *file_key, const char *path,
-			char **secret)
+                        char **secret)
 {
 	size_t length;
 	if (path == NULL)
 		return;
 	if (config_is_set(loader, key)) {
 		config_error(loader, "%s: %s is set as well, keep one of the two", config_place(loader, file_key),
-			     config_place(loader, key));
+		             config_place(loader, key));
 		return;
 	}
 	char *text = config_slurp(path, SECRET_LIMIT, &length);
@@ -360,7 +360,7 @@ static void settle_state_dir(struct config_loader *loader)
 		loader->config->state_dir = find_state_dir(loader);
 	if (loader->config->state_dir == NULL)
 		config_error(loader, "state_dir: no place found for what must survive a restart, there is no HOME; set "
-				     "state_dir");
+		                     "state_dir");
 }
 
 void config_check(struct config_loader *loader)

@@ -161,7 +161,7 @@ static enum config_kind kind_of(const cJSON *item)
 	       : cJSON_IsBool(item)   ? CONFIG_KIND_BOOLEAN
 	       : cJSON_IsObject(item) ? CONFIG_KIND_OBJECT
 	       : cJSON_IsArray(item)  ? CONFIG_KIND_ARRAY
-				      : CONFIG_KIND_NULL;
+	                              : CONFIG_KIND_NULL;
 }
 
 /* The value as text: a string's contents, else the literal as it stands in the file. Allocated. */
@@ -173,7 +173,7 @@ static char *text_of(const cJSON *item, const struct key *key)
 }
 
 static void offer_value(struct reader *reader, const struct config_entry *entry, const cJSON *item,
-			const struct key *key)
+                        const struct key *key)
 {
 	char *place = memory_format("%s:%u: %s", reader->path, key->line, entry->key);
 	char *text = text_of(item, key);
@@ -236,11 +236,11 @@ static void read_member(struct reader *reader, const cJSON *object, const cJSON 
 		offer_value(reader, entry, item, key);
 	else if (section)
 		config_error(reader->loader, "%s:%u: %s is a section, must be an object: \"%s\": { … }", reader->path,
-			     key->line, name, item->string);
+		             key->line, name, item->string);
 	else if (dotted)
 		config_error(reader->loader,
-			     "%s:%u: \"%s\" must be nested, one object for each dot, as in \"mqtt\": { \"host\": … }",
-			     reader->path, key->line, item->string);
+		             "%s:%u: \"%s\" must be nested, one object for each dot, as in \"mqtt\": { \"host\": … }",
+		             reader->path, key->line, item->string);
 	else
 		unknown_key(reader, name, key);
 }

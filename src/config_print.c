@@ -113,8 +113,8 @@ static void print_help_entry(FILE *output, const struct config_entry *entry)
 	char *flag = memory_format("  %s %s", name, placeholder(entry));
 	const char *initial = shown_default(entry);
 	char *text = memory_format("%s%s%s%s%s%s", entry->help, range[0] != '\0' ? "; allowed: " : "", range,
-				   initial != NULL ? " (default: " : "", initial != NULL ? initial : "",
-				   initial != NULL ? ")" : "");
+	                           initial != NULL ? " (default: " : "", initial != NULL ? initial : "",
+	                           initial != NULL ? ")" : "");
 	fprintf(output, "%-*s %s\n", KEY_COLUMN, flag, entry->key);
 	print_wrapped(output, INDENT, text);
 	free(text);
@@ -126,8 +126,8 @@ static void print_help_entry(FILE *output, const struct config_entry *entry)
 void config_print_help(FILE *output)
 {
 	fprintf(output,
-		"mqtt2mongo %s\n\nUsage: mqtt2mongo --role publisher|consumer|both [-c FILE] [--KEY VALUE …]\n\n",
-		SUMMARY);
+	        "mqtt2mongo %s\n\nUsage: mqtt2mongo --role publisher|consumer|both [-c FILE] [--KEY VALUE …]\n\n",
+	        SUMMARY);
 	for (size_t i = 0; i < sizeof EXAMPLES / sizeof EXAMPLES[0]; i++)
 		fprintf(output, "  # %s\n  %s\n", EXAMPLES[i].title, EXAMPLES[i].command);
 	fprintf(output, "\n");
@@ -211,7 +211,7 @@ static void print_man_options(FILE *output)
 void config_print_man(FILE *output)
 {
 	fprintf(output, ".TH MQTT2MONGO 1 \"\" \"mqtt2mongo %s\"\n.SH NAME\nmqtt2mongo \\- %s\n", MQTT2MONGO_VERSION,
-		SUMMARY);
+	        SUMMARY);
 	fputs(".SH SYNOPSIS\n\\fBmqtt2mongo\\fR \\fB\\-\\-role\\fR publisher|consumer|both [\\fB\\-c\\fR \\fIFILE\\fR] "
 	      "[\\fB\\-\\-\\fISECTION\\-NAME\\fR \\fIVALUE\\fR ...]\n",
 	      output);
@@ -219,11 +219,11 @@ void config_print_man(FILE *output)
 	fprintf(output, ".SH SETTINGS\nEach has a key in the file, a flag and an environment variable.\n%s\n", RULES);
 	for (size_t i = 0; i < config_entry_count; i++)
 		print_man_entry(output, &config_entries[i]);
-	fputs(
-	    ".SH SIGNALS\nSIGTERM and SIGINT store what is on its way and end the service; a second one ends it at "
-	    "once. SIGUSR1 prints the sums. SIGHUP is ignored.\n.SH EXIT STATUS\n.TP\n0\nended as it should.\n.TP\n1\nsomething failed or is missing.\n.TP\n2\nthe "
-	    "configuration is wrong; standard error says where.\n.SH EXAMPLES\n",
-	    output);
+	fputs(".SH SIGNALS\nSIGTERM and SIGINT store what is on its way and end the service; a second one ends it at "
+	      "once. SIGUSR1 prints the sums. SIGHUP is ignored.\n.SH EXIT STATUS\n.TP\n0\nended as it "
+	      "should.\n.TP\n1\nsomething failed or is missing.\n.TP\n2\nthe "
+	      "configuration is wrong; standard error says where.\n.SH EXAMPLES\n",
+	      output);
 	for (size_t i = 0; i < sizeof EXAMPLES / sizeof EXAMPLES[0]; i++) {
 		fputs(".TP\n", output);
 		print_troff_line(output, "", EXAMPLES[i].title, "");
@@ -266,7 +266,7 @@ void config_print_version(FILE *output)
 	int major, minor, revision;
 	mosquitto_lib_version(&major, &minor, &revision);
 	fprintf(output, "mqtt2mongo %s\nlibuv %s\nlibmosquitto %d.%d.%d\nlibmongoc %s\n", MQTT2MONGO_VERSION,
-		uv_version_string(), major, minor, revision, mongoc_get_version());
+	        uv_version_string(), major, minor, revision, mongoc_get_version());
 	if (MQTT2MONGO_GATE_OPEN)
 		fputs("WARNING: THIS BUILD ACKNOWLEDGES MESSAGES BEFORE THEY ARE STORED AND LOSES THEM IN A CRASH.\n"
 		      "It exists for tests only; build with -Dgate=closed.\n",

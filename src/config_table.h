@@ -100,7 +100,7 @@ void config_note(struct config_loader *loader, const char *format, ...) __attrib
 const struct config_entry *config_entry_find(const char *key);
 /* Check a value and keep it unless a stronger source has set the key. */
 void config_offer(struct config_loader *loader, enum config_source source, const struct config_entry *entry,
-		  enum config_kind kind, const char *text, const char *place);
+                  enum config_kind kind, const char *text, const char *place);
 /* The user set this key, in whatever way. */
 bool config_is_set(const struct config_loader *loader, const char *key);
 /* Where the key was set, for messages; the key itself if it has its default. Never NULL. */
@@ -110,7 +110,7 @@ const char *config_environment(const struct config_loader *loader, const char *n
 
 /* config_value.c: NULL and `value` filled, or what is wrong, allocated. Secrets are never quoted in it. */
 char *config_value_parse(const struct config_entry *entry, enum config_kind kind, const char *text,
-			 struct config_value *value);
+                         struct config_value *value);
 /* The text in quotes, control characters escaped, long text cut, credentials of URLs hidden. Allocated. */
 char *config_quote(const char *text);
 

@@ -38,7 +38,7 @@ static char *hide_options(const char *rest)
 		size_t length = 1 + strcspn(option + 1, "&;"), name = strcspn(option, "=");
 		bool hidden = name < length && names_secret(option, name);
 		used += (size_t)sprintf(shown + used, "%.*s%s", (int)(hidden ? name + 1 : length), option,
-					hidden ? "***" : "");
+		                        hidden ? "***" : "");
 		option += length;
 	}
 	return shown;
@@ -52,7 +52,7 @@ static bool is_host_list(const char *text)
 		if (text[i] == '[')
 			i += strcspn(text + i, "]");
 		else if (text[i] == ':' && text[i + 1 + strspn(text + i + 1, "0123456789")] != ',' &&
-			 i + 1 + strspn(text + i + 1, "0123456789") != length)
+		         i + 1 + strspn(text + i + 1, "0123456789") != length)
 			return false;
 	}
 	return true;
@@ -77,7 +77,7 @@ static const char *find_unescaped(const char *text, size_t length)
 {
 	for (size_t i = 0; i < length; i++) {
 		bool escape = text[i] == '%' && i + 2 < length && isxdigit((unsigned char)text[i + 1]) &&
-			      isxdigit((unsigned char)text[i + 2]);
+		              isxdigit((unsigned char)text[i + 2]);
 		if (strchr("@:/?#[]", text[i]) != NULL || (text[i] == '%' && !escape))
 			return text + i;
 	}
@@ -119,9 +119,9 @@ static bool check_credentials(struct config_loader *loader, const char *rest, co
 	if (bad == NULL)
 		return true;
 	config_error(loader,
-		     "%s: the %s has a '%c' that is not escaped, write it as %%%02X (@ : / ? # [ ] %% must be "
-		     "percent-encoded)",
-		     uri_place(loader), bad < user_end ? "user name" : "password", *bad, *bad);
+	             "%s: the %s has a '%c' that is not escaped, write it as %%%02X (@ : / ? # [ ] %% must be "
+	             "percent-encoded)",
+	             uri_place(loader), bad < user_end ? "user name" : "password", *bad, *bad);
 	return false;
 }
 
@@ -130,10 +130,10 @@ static char *harmless_copy(const char *uri, const char *rest, const char *end)
 {
 	bool password = end != NULL && memchr(rest, ':', (size_t)(end - rest)) != NULL;
 	return memory_format("%.*s%s%s", (int)(rest - uri), uri,
-			     end == NULL ? ""
-			     : password  ? "user:password@"
-					 : "user@",
-			     end != NULL ? end + 1 : rest);
+	                     end == NULL ? ""
+	                     : password  ? "user:password@"
+	                                 : "user@",
+	                     end != NULL ? end + 1 : rest);
 }
 
 /* The driver's warnings, for example about an option it does not know, become ours. */
@@ -156,26 +156,26 @@ static void check_uri_concern(struct config_loader *loader, const mongoc_uri_t *
 	int32_t w = mongoc_write_concern_get_w(concern);
 	if (w == 0 || w == -1)
 		config_error(loader,
-			     "%s: w=%d in the URI is refused, acknowledging to the broker would promise "
-			     "nothing; take it out",
-			     place, (int)w);
+		             "%s: w=%d in the URI is refused, acknowledging to the broker would promise "
+		             "nothing; take it out",
+		             place, (int)w);
 	if (w > 0 && !config_is_set(loader, "mongodb.write_concern.w"))
 		config_warning(loader,
-			       "%s: w=%d in the URI promises less than majority: a stored message can be "
-			       "rolled back when the primary fails",
-			       place, (int)w);
+		               "%s: w=%d in the URI promises less than majority: a stored message can be "
+		               "rolled back when the primary fails",
+		               place, (int)w);
 	if (mongoc_write_concern_journal_is_set(concern) && !mongoc_write_concern_get_journal(concern) &&
 	    !config_is_set(loader, "mongodb.write_concern.j"))
 		config_warning(loader,
-			       "%s: journal=false in the URI promises less than the default: a stored message "
-			       "can be lost when the database crashes",
-			       place);
+		               "%s: journal=false in the URI promises less than the default: a stored message "
+		               "can be lost when the database crashes",
+		               place);
 	const char *database = mongoc_uri_get_database(uri);
 	if (database != NULL && !config_is_set(loader, "mongodb.database"))
 		config_warning(loader,
-			       "%s: the database in the URI only serves authentication; documents go to "
-			       "mongodb.database, now \"%s\"",
-			       place, loader->config->mongodb.database);
+		               "%s: the database in the URI only serves authentication; documents go to "
+		               "mongodb.database, now \"%s\"",
+		               place, loader->config->mongodb.database);
 }
 
 static void check_with_driver(struct config_loader *loader, const char *uri, bool quotable)
@@ -188,9 +188,9 @@ static void check_with_driver(struct config_loader *loader, const char *uri, boo
 		config_error(loader, "%s: %s", uri_place(loader), error.message);
 	else if (parsed == NULL)
 		config_error(loader,
-			     "%s: is not a valid connection string; it may hold a secret and is not shown, the "
-			     "form is mongodb://USER:PASSWORD@HOST:PORT/?OPTION=VALUE",
-			     uri_place(loader));
+		             "%s: is not a valid connection string; it may hold a secret and is not shown, the "
+		             "form is mongodb://USER:PASSWORD@HOST:PORT/?OPTION=VALUE",
+		             uri_place(loader));
 	else
 		check_uri_concern(loader, parsed);
 	mongoc_uri_destroy(parsed);
@@ -204,9 +204,9 @@ void config_check_uri(struct config_loader *loader)
 	bool srv = strncmp(uri, "mongodb+srv://", 14) == 0;
 	if (!srv && strncmp(uri, "mongodb://", 10) != 0) {
 		config_error(loader,
-			     "%s: must start with mongodb:// or mongodb+srv://, as in "
-			     "mongodb://localhost:27017",
-			     uri_place(loader));
+		             "%s: must start with mongodb:// or mongodb+srv://, as in "
+		             "mongodb://localhost:27017",
+		             uri_place(loader));
 		return;
 	}
 	const char *rest = uri + (srv ? 14 : 10), *end = credentials_end(rest);
@@ -214,7 +214,7 @@ void config_check_uri(struct config_loader *loader)
 		return;
 	char *harmless = harmless_copy(uri, rest, end), *shown = config_redact_uri(harmless);
 	bool secrets = strstr(shown, "=***") != NULL || (end == NULL && !is_host_list(rest)) ||
-		       strchr(end != NULL ? end + 1 : rest, '@') != NULL;
+	               strchr(end != NULL ? end + 1 : rest, '@') != NULL;
 	check_with_driver(loader, harmless, !secrets);
 	memory_wipe_free(harmless);
 	memory_wipe_free(shown);

@@ -23,12 +23,12 @@ struct unit {
 };
 
 static const struct unit DURATION_UNITS[] = {{"ms", 1},      {"s", 1000},     {"m", 60000}, {"min", 60000},
-					     {"h", 3600000}, {"d", 86400000}, {NULL, 0}};
+                                             {"h", 3600000}, {"d", 86400000}, {NULL, 0}};
 static const struct unit SIZE_UNITS[] = {{"B", 1},     {"KiB", 1024}, {"MiB", 1048576}, {"GiB", 1073741824},
-					 {"kB", 1000}, {"KB", 1000},  {"MB", 1e6},      {"GB", 1e9},
-					 {NULL, 0}};
+                                         {"kB", 1000}, {"KB", 1000},  {"MB", 1e6},      {"GB", 1e9},
+                                         {NULL, 0}};
 static const struct unit RATE_UNITS[] = {{"/s", 1}, {"/min", 1.0 / 60}, {"/m", 1.0 / 60}, {"/h", 1.0 / 3600},
-					 {"", 1},   {NULL, 0}};
+                                         {"", 1},   {NULL, 0}};
 
 /* What a type looks like in messages: an example to append a unit to, and the words for it. */
 struct form {
@@ -38,7 +38,7 @@ struct form {
 };
 
 static const struct form DURATION_FORM = {DURATION_UNITS, "s", "ms",
-					  "a duration, as in \"500ms\", \"30s\", \"5min\", \"7d\""};
+                                          "a duration, as in \"500ms\", \"30s\", \"5min\", \"7d\""};
 static const struct form SIZE_FORM = {SIZE_UNITS, "B", "MiB", "a size, as in \"512KiB\", \"8MiB\", \"1GiB\""};
 static const struct form RATE_FORM = {RATE_UNITS, "/s", "/min", "a rate, as in \"20/s\", \"5/min\", \"100/h\""};
 
@@ -109,7 +109,7 @@ static char *parse_quantity(const struct form *form, enum config_kind kind, cons
 	char *given = as_written(kind, text), *error;
 	if (rest != NULL && *rest == '\0')
 		error = memory_format("%s has no unit, write \"%s%s\" or \"%s%s\"", given, text, form->usual, text,
-				      form->other);
+		                      form->other);
 	else
 		error = memory_format("%s is not %s", given, form->words);
 	free(given);
@@ -176,31 +176,31 @@ static char *parse_choice(const struct config_entry *entry, enum config_kind kin
 }
 
 static char *parse_amount(const struct config_entry *entry, enum config_kind kind, const char *text,
-			  struct config_value *value)
+                          struct config_value *value)
 {
 	const struct form *form = entry->type == CONFIG_TYPE_SIZE   ? &SIZE_FORM
-				  : entry->type == CONFIG_TYPE_RATE ? &RATE_FORM
-								    : &DURATION_FORM;
+	                          : entry->type == CONFIG_TYPE_RATE ? &RATE_FORM
+	                                                            : &DURATION_FORM;
 	double number;
 	char *error = parse_quantity(form, kind, text, &number);
 	int64_t step = entry->type == CONFIG_TYPE_SECONDS ? 1000 : 1;
 	value->rate = number;
 	value->integer = number < 9e15 ? (int64_t)(number + 0.5) : INT64_MAX;
 	bool whole = entry->type == CONFIG_TYPE_RATE || number >= 9e15 ||
-		     (value->integer % step == 0 && (double)value->integer == number);
+	             (value->integer % step == 0 && (double)value->integer == number);
 	if (error != NULL || whole)
 		return error;
 	char *given = as_written(kind, text);
 	error = memory_format("%s must be whole %s", given,
-			      entry->type == CONFIG_TYPE_SIZE ? "bytes"
-			      : step > 1                      ? "seconds"
-							      : "milliseconds");
+	                      entry->type == CONFIG_TYPE_SIZE ? "bytes"
+	                      : step > 1                      ? "seconds"
+	                                                      : "milliseconds");
 	free(given);
 	return error;
 }
 
 static char *parse_by_type(const struct config_entry *entry, enum config_kind kind, const char *text,
-			   struct config_value *value)
+                           struct config_value *value)
 {
 	switch (entry->type) {
 	case CONFIG_TYPE_BOOLEAN:
@@ -223,7 +223,7 @@ static char *parse_by_type(const struct config_entry *entry, enum config_kind ki
 
 /* The table's own limits, parsed like any value: they are tested to be right. */
 static char *check_range(const struct config_entry *entry, enum config_kind kind, const char *text,
-			 const struct config_value *value)
+                         const struct config_value *value)
 {
 	struct config_value least = {0}, most = {0};
 	if (entry->least == NULL)
@@ -231,12 +231,12 @@ static char *check_range(const struct config_entry *entry, enum config_kind kind
 	free(parse_by_type(entry, CONFIG_KIND_PLAIN, entry->least, &least));
 	free(parse_by_type(entry, CONFIG_KIND_PLAIN, entry->most, &most));
 	bool inside = entry->type == CONFIG_TYPE_RATE
-			  ? value->rate >= least.rate * (1 - 1e-9) && value->rate <= most.rate
-			  : value->integer >= least.integer && value->integer <= most.integer;
+	                  ? value->rate >= least.rate * (1 - 1e-9) && value->rate <= most.rate
+	                  : value->integer >= least.integer && value->integer <= most.integer;
 	if (inside)
 		return NULL;
 	char *given = entry->type == CONFIG_TYPE_INTEGER || entry->type == CONFIG_TYPE_COUNT ? memory_string(text)
-											     : as_written(kind, text);
+	                                                                                     : as_written(kind, text);
 	char *error = memory_format("%s is out of range, allowed are %s to %s", given, entry->least, entry->most);
 	free(given);
 	return error;
@@ -287,7 +287,7 @@ static const char *kind_words(enum config_kind kind)
 }
 
 char *config_value_parse(const struct config_entry *entry, enum config_kind kind, const char *text,
-			 struct config_value *value)
+                         struct config_value *value)
 {
 	*value = (struct config_value){0};
 	if (kind == CONFIG_KIND_NULL)

@@ -10,8 +10,9 @@
  *                                                                 |                  v
  *                                                                 +------------- WAITING --hold limit--> handed back
  *
- * While a message of the round is not durable nothing is read, so a round belongs to one connection. When that is lost, the round is
- * stored all the same, for a broker without persistence may have lost it; only then a new connection is made.
+ * While a message of the round is not durable nothing is read, so a round belongs to one connection. When that is lost,
+ * the round is stored all the same, for a broker without persistence may have lost it; only then a new connection is
+ * made.
  */
 #include "consumer.h"
 
@@ -256,7 +257,8 @@ static void store_done(uv_work_t *job, int status)
 		slot->phase = WAITING;
 		say_trouble(consumer, &worker->report);
 		if (!uv_is_active((uv_handle_t *)&consumer->retry))
-			uv_timer_start(&consumer->retry, retry_due, retry_delay(++consumer->attempts, RETRY_MOST_MS), 0);
+			uv_timer_start(&consumer->retry, retry_due, retry_delay(++consumer->attempts, RETRY_MOST_MS),
+			               0);
 	}
 	advance(consumer);
 }
@@ -323,7 +325,8 @@ static void probe_done(uv_work_t *job, int status)
 	} else if (consumer->probe_report.class != STORE_OK) {
 		say_trouble(consumer, &consumer->probe_report);
 		if (consumer->pending == 0) /* a round finds out by itself */
-			uv_timer_start(&consumer->retry, retry_due, retry_delay(++consumer->attempts, PROBE_MOST_MS), 0);
+			uv_timer_start(&consumer->retry, retry_due, retry_delay(++consumer->attempts, PROBE_MOST_MS),
+			               0);
 	} else {
 		if (consumer->pending == 0) {
 			say_recovered(consumer);
@@ -443,7 +446,8 @@ static void on_subscribed(void *owner, int reason)
 		return;
 	}
 	if (reason < consumer->config->consumer.qos && reason < 1)
-		log_warn("consumer", "the broker grants %s only at QoS %d: messages may be lost on the way", filter, reason);
+		log_warn("consumer", "the broker grants %s only at QoS %d: messages may be lost on the way", filter,
+		         reason);
 	log_info("consumer", "subscribed to %s at QoS %d", filter, reason);
 	if (consumer->handler.subscribed != NULL)
 		consumer->handler.subscribed(consumer->owner);
@@ -529,7 +533,8 @@ struct consumer *consumer_start(uv_loop_t *loop, const struct config *config, st
 {
 	char *client_id = memory_format("%s-1", state_client_id(state, config->mqtt.client_id));
 	state_add_filter(state, client_id, config->consumer.topic);
-	if (!state_save(state, error, error_size)) { /* before SUBSCRIBE: a filter nobody remembers could never be removed */
+	if (!state_save(state, error,
+	                error_size)) { /* before SUBSCRIBE: a filter nobody remembers could never be removed */
 		free(client_id);
 		return NULL;
 	}
@@ -552,7 +557,8 @@ struct consumer *consumer_start(uv_loop_t *loop, const struct config *config, st
 	char promise[128];
 	store_write_concern_text(consumer->store, promise, sizeof promise);
 	log_info("consumer", "a message is acknowledged once MongoDB has it with %s", promise);
-	mqtt_connect(consumer->mqtt); /* also with MongoDB away: the session has to exist for the broker to keep anything */
+	mqtt_connect(
+	    consumer->mqtt); /* also with MongoDB away: the session has to exist for the broker to keep anything */
 	start_probe(consumer);
 	return consumer;
 }

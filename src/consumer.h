@@ -2,9 +2,9 @@
  * From the broker into MongoDB: one connection, one round of messages at a time.
  *
  * A round is what arrived while the one before it was being stored, up to consumer.batch.count and .bytes; there is
- * no linger timer. Workers store it in a few batches; when every message of it is durable, its PUBACKs leave and reading
- * goes on. What cannot be stored within the hold limit is handed back: the connection is given up without a word, and the broker
- * delivers again when it is taken up, which happens when MongoDB answers.
+ * no linger timer. Workers store it in a few batches; when every message of it is durable, its PUBACKs leave and
+ * reading goes on. What cannot be stored within the hold limit is handed back: the connection is given up without a
+ * word, and the broker delivers again when it is taken up, which happens when MongoDB answers.
  *
  * Loop thread, but for the jobs in workers, which see only the batch they were given.
  */
@@ -24,18 +24,18 @@ struct consumer_handler {
 	void (*subscribed)(void *owner);
 };
 
-/* Start consuming. `config`, `state` and `counters` are borrowed until `stopped`. NULL with `error` filled when the session
- * cannot be recorded in the state directory. */
+/* Start consuming. `config`, `state` and `counters` are borrowed until `stopped`. NULL with `error` filled when the
+ * session cannot be recorded in the state directory. */
 struct consumer *consumer_start(uv_loop_t *loop, const struct config *config, struct state *state,
                                 struct metrics_consumer *counters, const struct consumer_handler *handler, void *owner,
                                 char *error, size_t error_size);
 
-/* Read no more, store and acknowledge what is in flight, disconnect. `stopped` is called when everything is closed, and then the
- * memory is gone. */
+/* Read no more, store and acknowledge what is in flight, disconnect. `stopped` is called when everything is closed, and
+ * then the memory is gone. */
 void consumer_stop(struct consumer *consumer, void (*stopped)(void *owner));
 
-/* While stopping: do not wait for MongoDB any longer, hand back what is not stored. A job that a worker has begun is still
- * waited for. */
+/* While stopping: do not wait for MongoDB any longer, hand back what is not stored. A job that a worker has begun is
+ * still waited for. */
 void consumer_hurry(struct consumer *consumer);
 
 /* For the status line: "consuming", "holding, MongoDB does not answer", … Static. */

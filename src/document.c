@@ -1,6 +1,6 @@
 /*
- * See document.h. BSON is written here as bytes (bsonspec.org, version 1.1): the envelope is fixed and small, and a worker
- * builds tens of thousands of them a second.
+ * See document.h. BSON is written here as bytes (bsonspec.org, version 1.1): the envelope is fixed and small, and a
+ * worker builds tens of thousands of them a second.
  */
 #include "document.h"
 
@@ -197,7 +197,8 @@ bool document_build(const struct batch *batch, const struct batch_message *messa
 	put_string_element(out, "topic", topic, message->topic_length);
 	size_t limit = DOCUMENT_MAX_BYTES - (out->length - start) - ENVELOPE_TAIL;
 	struct json_fault json;
-	if (json_to_bson(batch_payload(batch, message), message->payload_length, "payload", limit, out, &json) != JSON_OK) {
+	if (json_to_bson(batch_payload(batch, message), message->payload_length, "payload", limit, out, &json) !=
+	    JSON_OK) {
 		out->length = start;
 		return refuse(fault, (int)json.code, json.message, json.offset);
 	}

@@ -65,7 +65,8 @@ static void on_up(void *owner, const struct mqtt_granted *granted)
 	if (inspection->dry_run)
 		mqtt_subscribe(inspection->mqtt, config->consumer.topic, 0);
 	else if (config->role & CONFIG_ROLE_CONSUMER)
-		mqtt_subscribe(inspection->mqtt, config->consumer.topic, config->consumer.qos > 1 ? 1 : config->consumer.qos);
+		mqtt_subscribe(inspection->mqtt, config->consumer.topic,
+		               config->consumer.qos > 1 ? 1 : config->consumer.qos);
 	else
 		end(inspection, 0);
 }
@@ -80,11 +81,14 @@ static void on_subscribed(void *owner, int reason)
 	struct inspection *inspection = owner;
 	const char *filter = inspection->config->consumer.topic;
 	if (reason >= 0x80) {
-		printf("subscribe failed: the broker refuses %s (reason 0x%02x); check its access rules\n", filter, (unsigned)reason);
+		printf("subscribe failed: the broker refuses %s (reason 0x%02x); check its access rules\n", filter,
+		       (unsigned)reason);
 		end(inspection, 1);
 	} else if (inspection->dry_run) {
-		fprintf(stderr, "dry run: printing what would be stored from %s; nothing is stored or acknowledged. Messages already "
-		                "queued for the service are not shown. Ctrl-C ends it\n",
+		fprintf(stderr,
+		        "dry run: printing what would be stored from %s; nothing is stored or acknowledged. Messages "
+		        "already "
+		        "queued for the service are not shown. Ctrl-C ends it\n",
 		        filter);
 	} else {
 		printf("subscribe ok: %s at QoS %d\n", filter, reason);
@@ -159,7 +163,8 @@ static int inspect_broker(struct inspection *inspection, const struct mqtt_handl
 	uint32_t random = 0;
 	uv_random(NULL, NULL, &random, sizeof random, 0, NULL);
 	char client_id[48];
-	snprintf(client_id, sizeof client_id, "mqtt2mongo-%s-%08x", inspection->dry_run ? "dry" : "check", (unsigned)random);
+	snprintf(client_id, sizeof client_id, "mqtt2mongo-%s-%08x", inspection->dry_run ? "dry" : "check",
+	         (unsigned)random);
 	struct mqtt_options options = {
 	    .config = &inspection->config->mqtt, .client_id = client_id, .name = "broker", .clean_start = true};
 	signal(SIGPIPE, SIG_IGN);
@@ -187,9 +192,9 @@ static int inspect_database(const struct config *config)
 		printf("database  ok: %s, %s\n", uri, text);
 	else
 		printf("database  failed: %s: %s\n", uri, report.message);
-	printf("would     store %s into %s.%s, what is not valid JSON into %s.%s, and acknowledge after %s\n", config->consumer.topic,
-	       config->mongodb.database, config->consumer.collection, config->mongodb.database, config->consumer.dead_letter,
-	       concern);
+	printf("would     store %s into %s.%s, what is not valid JSON into %s.%s, and acknowledge after %s\n",
+	       config->consumer.topic, config->mongodb.database, config->consumer.collection, config->mongodb.database,
+	       config->consumer.dead_letter, concern);
 	free(uri);
 	store_destroy(store);
 	return answers ? 0 : 1;
@@ -203,8 +208,8 @@ int inspect_check(const struct config *config)
 	if (broker != 0)
 		printf("broker    failed: see above\n");
 	if (config->role & CONFIG_ROLE_PUBLISHER)
-		printf("would     publish to %s, %g messages a second at QoS %d\n", config->publisher.topic, config->publisher.rate,
-		       config->publisher.qos);
+		printf("would     publish to %s, %g messages a second at QoS %d\n", config->publisher.topic,
+		       config->publisher.rate, config->publisher.qos);
 	int database = config->role & CONFIG_ROLE_CONSUMER ? inspect_database(config) : 0;
 	return broker != 0 || database != 0 ? 1 : 0;
 }

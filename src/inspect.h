@@ -12,8 +12,8 @@
 /* Try broker and database once, print what they granted and what the service would do. 0 when both answer, else 1. */
 int inspect_check(const struct config *config);
 
-/* Print the documents the consumer would store, as extended JSON, one a line, until SIGINT or SIGTERM. Subscribes at QoS 0, so
- * that there is nothing to acknowledge. 0, or 1 when the broker cannot be used. */
+/* Print the documents the consumer would store, as extended JSON, one a line, until SIGINT or SIGTERM. Subscribes at
+ * QoS 0, so that there is nothing to acknowledge. 0, or 1 when the broker cannot be used. */
 int inspect_dry_run(const struct config *config);
 
 #endif

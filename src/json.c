@@ -349,8 +349,8 @@ static bool read_exponent(struct reader *reader, struct number *number)
 static double nearest_double(const struct number *number)
 {
 	static const double powers[EXACT_POWER + 1] = {1e0,  1e1,  1e2,  1e3,  1e4,  1e5,  1e6,  1e7,
-						       1e8,  1e9,  1e10, 1e11, 1e12, 1e13, 1e14, 1e15,
-						       1e16, 1e17, 1e18, 1e19, 1e20, 1e21, 1e22};
+	                                               1e8,  1e9,  1e10, 1e11, 1e12, 1e13, 1e14, 1e15,
+	                                               1e16, 1e17, 1e18, 1e19, 1e20, 1e21, 1e22};
 	if (FLT_EVAL_METHOD != 0 || number->significant > DIGITS_IN_UINT64 || number->digits > EXACT_INTEGER ||
 	    number->power < -EXACT_POWER || number->power > EXACT_POWER)
 		return strtod((const char *)number->start, NULL);
@@ -575,17 +575,17 @@ static bool read_text(struct reader *reader, const char *key)
 }
 
 enum json_code json_to_bson(const char *text, size_t length, const char *key, size_t limit, struct buffer *out,
-			    struct json_fault *fault)
+                            struct json_fault *fault)
 {
 	const uint8_t *bytes = (const uint8_t *)text;
 	size_t old_length = out->length;
 	size_t largest = limit < INT32_MAX ? limit : INT32_MAX;
 	struct reader reader = {.text = bytes,
-				.at = bytes,
-				.end = bytes + length,
-				.out = out,
-				.most = old_length + largest,
-				.fault = fault};
+	                        .at = bytes,
+	                        .end = bytes + length,
+	                        .out = out,
+	                        .most = old_length + largest,
+	                        .fault = fault};
 	*fault = (struct json_fault){.code = JSON_OK, .offset = length, .message = "ok"};
 	if (!read_text(&reader, key))
 		out->length = old_length;

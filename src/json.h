@@ -36,9 +36,9 @@ enum json_code {
 
 struct json_fault {
 	enum json_code code;
-	size_t offset;       /* byte of the text where it went wrong; for JSON_NUMBER_RANGE and JSON_KEY_NUL the start of
-	                        the number or key; for JSON_DEPTH the bracket; for JSON_TOO_LARGE where reading stopped;
-	                        length of the text when it ended too early, for JSON_EMPTY and JSON_OK */
+	size_t offset; /* byte of the text where it went wrong; for JSON_NUMBER_RANGE and JSON_KEY_NUL the start of
+	                  the number or key; for JSON_DEPTH the bracket; for JSON_TOO_LARGE where reading stopped;
+	                  length of the text when it ended too early, for JSON_EMPTY and JSON_OK */
 	const char *message; /* static text: "leading zero", "unescaped control character in string", …; or "ok" */
 };
 

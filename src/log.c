@@ -99,10 +99,10 @@ static size_t character_length(const unsigned char *text)
 {
 	unsigned char low = 0x80, high = 0xbf; /* bounds of the second byte */
 	size_t length = text[0] < 0x80                       ? 1
-			: text[0] >= 0xc2 && text[0] <= 0xdf ? 2
-			: (text[0] & 0xf0) == 0xe0           ? 3
-			: text[0] >= 0xf0 && text[0] <= 0xf4 ? 4
-							     : 0;
+	                : text[0] >= 0xc2 && text[0] <= 0xdf ? 2
+	                : (text[0] & 0xf0) == 0xe0           ? 3
+	                : text[0] >= 0xf0 && text[0] <= 0xf4 ? 4
+	                                                     : 0;
 	if (text[0] == 0xe0)
 		low = 0xa0;
 	else if (text[0] == 0xed)
@@ -175,7 +175,7 @@ static void put_time(struct line *line)
 	clock_gettime(CLOCK_REALTIME, &now);
 	gmtime_r(&now.tv_sec, &utc);
 	int length = snprintf(text, sizeof text, "%04d-%02d-%02dT%02d:%02d:%02d.%03ldZ", utc.tm_year + 1900,
-			      utc.tm_mon + 1, utc.tm_mday, utc.tm_hour, utc.tm_min, utc.tm_sec, now.tv_nsec / 1000000);
+	                      utc.tm_mon + 1, utc.tm_mday, utc.tm_hour, utc.tm_min, utc.tm_sec, now.tv_nsec / 1000000);
 	put(line, text, (size_t)length);
 }
 
@@ -267,7 +267,7 @@ void log_repeat(struct log_repeat *repeat, enum log_level level, const char *roo
 	}
 	if (repeat->left_out != 0)
 		log_write(level, room, "%s (%llu more like this left out)", repeat->last,
-			  (unsigned long long)repeat->left_out);
+		          (unsigned long long)repeat->left_out);
 	if (!same || repeat->left_out == 0)
 		log_write(level, room, "%s", text);
 	snprintf(repeat->last, sizeof repeat->last, "%.*s", (int)sizeof repeat->last - 1, text);

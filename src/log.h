@@ -24,8 +24,7 @@ bool log_enabled(enum log_level level);
  * without a full stop. Control characters, quotes (JSON) and invalid UTF-8 in the message are escaped,
  * so that bytes from the network cannot forge a line. Lines above 4 KiB are cut.
  */
-void log_write(enum log_level level, const char *room, const char *format, ...)
-    __attribute__((format(printf, 3, 4)));
+void log_write(enum log_level level, const char *room, const char *format, ...) __attribute__((format(printf, 3, 4)));
 
 #define log_debug(room, ...) log_write(LOG_LEVEL_DEBUG, room, __VA_ARGS__)
 #define log_info(room, ...)  log_write(LOG_LEVEL_INFO, room, __VA_ARGS__)

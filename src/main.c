@@ -13,7 +13,8 @@ extern char **environ;
 static int run(const struct config *config)
 {
 	if (MQTT2MONGO_GATE_OPEN)
-		log_warn("service", "THIS BUILD ACKNOWLEDGES BEFORE STORING AND LOSES MESSAGES: it was made with -Dgate=open for tests");
+		log_warn("service", "THIS BUILD ACKNOWLEDGES BEFORE STORING AND LOSES MESSAGES: it was made with "
+		                    "-Dgate=open for tests");
 	char error[512];
 	struct service *service = service_create(config, error, sizeof error);
 	if (service == NULL) {

@@ -9,8 +9,9 @@
 
 static _Noreturn void out_of_memory(size_t size)
 {
-	fprintf(stderr, "mqtt2mongo: out of memory (%zu bytes wanted); nothing unacknowledged is lost, "
-	                "give the service more memory or smaller batches\n",
+	fprintf(stderr,
+	        "mqtt2mongo: out of memory (%zu bytes wanted); nothing unacknowledged is lost, "
+	        "give the service more memory or smaller batches\n",
 	        size);
 	abort();
 }

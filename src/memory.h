@@ -11,7 +11,7 @@
 #include <stddef.h>
 
 /* The struct that embeds `member`, from a pointer to the member. */
-#define container_of(pointer, type, member) ((type *)(void *)((char *)(pointer) - offsetof(type, member)))
+#define container_of(pointer, type, member) ((type *)(void *)((char *)(pointer)-offsetof(type, member)))
 
 /* `count` zeroed items of `size` bytes. Aborts instead of returning NULL. */
 void *memory_zeroed(size_t count, size_t size);

@@ -41,7 +41,8 @@ static void add(cJSON *object, const char *name, uint64_t value)
 }
 
 /* { "reason": count } of the counters that are not 0. */
-static void add_causes(cJSON *object, const char *name, const uint64_t *counters, int count, const char *(*name_of)(int))
+static void add_causes(cJSON *object, const char *name, const uint64_t *counters, int count,
+                       const char *(*name_of)(int))
 {
 	cJSON *causes = cJSON_AddObjectToObject(object, name);
 	for (int i = 0; i < count; i++)
@@ -111,16 +112,14 @@ static void print_part(FILE *out, const cJSON *part)
 {
 	fprintf(out, "%s\n", part->string);
 	const cJSON *item;
-	cJSON_ArrayForEach(item, part)
-	{
+	cJSON_ArrayForEach (item, part) {
 		if (cJSON_IsNumber(item)) {
-			fprintf(out, "  %-22s %.*f\n", item->string, item->valuedouble == (double)(int64_t)item->valuedouble ? 0 : 1,
-			        item->valuedouble);
+			fprintf(out, "  %-22s %.*f\n", item->string,
+			        item->valuedouble == (double)(int64_t)item->valuedouble ? 0 : 1, item->valuedouble);
 			continue;
 		}
 		const cJSON *cause;
-		cJSON_ArrayForEach(cause, item)
-		{
+		cJSON_ArrayForEach (cause, item) {
 			fprintf(out, "  %-22s %s %.0f\n", item->string, cause->string, cause->valuedouble);
 		}
 	}
@@ -132,8 +131,7 @@ static char *print_text(const cJSON *sums)
 	size_t size = 0;
 	FILE *out = open_memstream(&text, &size);
 	const cJSON *part;
-	cJSON_ArrayForEach(part, sums)
-	{
+	cJSON_ArrayForEach (part, sums) {
 		print_part(out, part);
 	}
 	fclose(out);

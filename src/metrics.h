@@ -1,6 +1,6 @@
 /*
- * What became of every message, counted once. Each part owns its counters and changes them on the loop thread; the service
- * prints them.
+ * What became of every message, counted once. Each part owns its counters and changes them on the loop thread; the
+ * service prints them.
  *
  *   received + recovered_from_spool = stored + duplicates + dead_lettered + spooled + dropped + returned + in_flight
  */

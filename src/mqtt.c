@@ -3,10 +3,11 @@
  *
  *   IDLE -> BACKOFF -> RESOLVING -> PROBING -> CONNECTING -> HANDSHAKE -> UP -> IDLE …           (CLOSING ends it)
  *
- * Name resolution and TCP are tried on the loop first (uv_getaddrinfo, a probe with uv_tcp_connect), under the connect timeout,
- * because the library can only do both blocking and without a limit. Then its blocking connect runs as one job in a worker,
- * where it meets an address known to answer. The loop adopts the socket: it polls a dup() of it, so that the library may
- * close its own descriptor at any moment without pulling it from under libuv. TLS advances through mosquitto_loop_read().
+ * Name resolution and TCP are tried on the loop first (uv_getaddrinfo, a probe with uv_tcp_connect), under the connect
+ * timeout, because the library can only do both blocking and without a limit. Then its blocking connect runs as one job
+ * in a worker, where it meets an address known to answer. The loop adopts the socket: it polls a dup() of it, so that
+ * the library may close its own descriptor at any moment without pulling it from under libuv. TLS advances through
+ * mosquitto_loop_read().
  *
  * After every call into the library that may end the connection, over() decides; nothing is destroyed from inside the
  * library's callbacks, which only leave a note (`doomed`, `closing`).
@@ -32,12 +33,12 @@
 #include <unistd.h>
 
 enum {
-	STABLE_MS = 5000,       /* a connection that lasted this long forgets earlier failures */
-	CLOSE_MS = 1000,        /* after DISCONNECT, wait this long for the broker to hang up */
+	STABLE_MS = 5000, /* a connection that lasted this long forgets earlier failures */
+	CLOSE_MS = 1000,  /* after DISCONNECT, wait this long for the broker to hang up */
 	KEEPALIVE_TICK_MS = 1000,
-	BURST_MS = 40,          /* read at most this long before the loop gets its turn */
-	CLOCK_EVERY = 64,       /* reads between two looks at the clock */
-	SEND_MAXIMUM = 1000,    /* our own window towards a broker that states none */
+	BURST_MS = 40,       /* read at most this long before the loop gets its turn */
+	CLOCK_EVERY = 64,    /* reads between two looks at the clock */
+	SEND_MAXIMUM = 1000, /* our own window towards a broker that states none */
 	REASON_TEXT = 256,
 };
 
@@ -74,13 +75,14 @@ struct mqtt {
 	size_t held;       /* handed over, not durable; the gate is open at 0 */
 	uint64_t activity; /* callbacks from the library, to tell progress from a lying errno */
 	uint64_t messages; /* handed over in this generation */
+	size_t queued;     /* packets of ours since the last flush */
 	bool duplicate;    /* the DUP flag of the message about to be handed over */
 	bool in_library;   /* a callback is above us on the stack: nothing may be destroyed */
 	bool in_burst;     /* read_burst() is above us on the stack */
 
-	uv_timer_t timer;     /* backoff, connect timeout, close timeout: one at a time */
+	uv_timer_t timer; /* backoff, connect timeout, close timeout: one at a time */
 	uv_timer_t keepalive;
-	uint64_t deadline;    /* of the connect attempt, loop time */
+	uint64_t deadline; /* of the connect attempt, loop time */
 	uint64_t up_at;
 	unsigned failures;
 	struct log_repeat complaint;
@@ -122,7 +124,8 @@ static void drop_link(struct mqtt *mqtt)
 {
 	if (mqtt->link == NULL)
 		return;
-	if (mqtt->keep_client) /* the library keeps its descriptor until the next connect; the broker should not wait for that */
+	if (mqtt->keep_client) /* the library keeps its descriptor until the next connect; the broker should not wait
+	                          for that */
 		shutdown(mqtt->link->fd, SHUT_RDWR);
 	uv_close((uv_handle_t *)&mqtt->link->poll, link_closed);
 	mqtt->link = NULL;
@@ -174,7 +177,8 @@ static const char *tls_remedy(const char *text)
 	if (strstr(text, "host name verification") != NULL)
 		return "the certificate is for another host name; set mqtt.host to a name it holds";
 	if (strstr(text, "certificate verify failed") != NULL)
-		return "certificate verify failed: the broker's certificate is not signed by mqtt.tls.ca, has expired, or is for "
+		return "certificate verify failed: the broker's certificate is not signed by mqtt.tls.ca, has expired, "
+		       "or is for "
 		       "another host name than mqtt.host";
 	if (strstr(text, "wrong version number") != NULL || strstr(text, "unexpected eof") != NULL)
 		return "this port does not speak TLS; check mqtt.port and mqtt.tls.enabled";
@@ -241,10 +245,12 @@ static void set_cork(struct mqtt *mqtt, int on)
 }
 
 /* Send everything queued. Returns false when the connection ended over it. */
-static bool flush(struct mqtt *mqtt, bool many)
+static bool flush(struct mqtt *mqtt)
 {
+	bool many = mqtt->queued > 1;
 	if (mqtt->link == NULL || !gate_open(mqtt) || !mosquitto_want_write(mqtt->client))
 		return true;
+	mqtt->queued = 0;
 	if (many)
 		set_cork(mqtt, 1);
 	errno = 0;
@@ -261,7 +267,7 @@ void mqtt_flush(struct mqtt *mqtt)
 {
 	if (mqtt->state != UP || mqtt->in_library)
 		return;
-	if (flush(mqtt, true))
+	if (flush(mqtt))
 		update_poll(mqtt);
 }
 
@@ -274,7 +280,7 @@ void mqtt_durable(struct mqtt *mqtt, uint64_t generation, size_t count)
 	mqtt->held -= count;
 	if (mqtt->held != 0 || mqtt->in_burst) /* a burst flushes, and goes on, by itself */
 		return;
-	if (!flush(mqtt, count > 1))
+	if (!flush(mqtt))
 		return;
 	if (!mosquitto_want_write(mqtt->client))
 		read_burst(mqtt); /* what came meanwhile; TLS may hold bytes no poll would report */
@@ -342,16 +348,19 @@ static void read_granted(const struct mqtt *mqtt, int flags, const mosquitto_pro
 static void log_granted(const struct mqtt *mqtt, const struct mqtt_granted *granted)
 {
 	if (mqtt->config->protocol == 5)
-		log_info("mqtt", "%s: connected to %s as %s, MQTT 5%s: session %s, expires after %lld s, keepalive %d s, "
+		log_info("mqtt",
+		         "%s: connected to %s as %s, MQTT 5%s: session %s, expires after %lld s, keepalive %d s, "
 		         "our receive maximum %d, the broker's %d",
 		         mqtt->name, mqtt->address, mqtt->client_id, mqtt->config->tls.enabled ? " over TLS" : "",
 		         granted->session_present ? "resumed" : "new", (long long)granted->session_expiry_s,
 		         granted->keepalive_s, mqtt->config->receive_maximum, granted->receive_maximum);
 	else
-		log_info("mqtt", "%s: connected to %s as %s, MQTT 3.1.1%s: session %s, keepalive %d s; how many messages may be "
-		         "unacknowledged and how long the session lasts is the broker's choice",
-		         mqtt->name, mqtt->address, mqtt->client_id, mqtt->config->tls.enabled ? " over TLS" : "",
-		         granted->session_present ? "resumed" : "new", granted->keepalive_s);
+		log_info(
+		    "mqtt",
+		    "%s: connected to %s as %s, MQTT 3.1.1%s: session %s, keepalive %d s; how many messages may be "
+		    "unacknowledged and how long the session lasts is the broker's choice",
+		    mqtt->name, mqtt->address, mqtt->client_id, mqtt->config->tls.enabled ? " over TLS" : "",
+		    granted->session_present ? "resumed" : "new", granted->keepalive_s);
 }
 
 static void keepalive_tick(uv_timer_t *timer)
@@ -362,11 +371,12 @@ static void keepalive_tick(uv_timer_t *timer)
 	int result = mosquitto_loop_misc(mqtt->client);
 	int error = errno;
 	mqtt->in_library = false;
-	if (!over(mqtt, result, error) && flush(mqtt, false))
+	if (!over(mqtt, result, error) && flush(mqtt))
 		update_poll(mqtt);
 }
 
-static void on_connect(struct mosquitto *client, void *context, int reason, int flags, const mosquitto_property *properties)
+static void on_connect(struct mosquitto *client, void *context, int reason, int flags,
+                       const mosquitto_property *properties)
 {
 	struct mqtt *mqtt = context;
 	mqtt->activity++;
@@ -411,6 +421,7 @@ static void on_message(struct mosquitto *client, void *context, const struct mos
 		return;
 	mqtt->held++;
 	mqtt->messages++;
+	mqtt->queued++; /* its PUBACK */
 	struct mqtt_message message = {
 	    .topic = received->topic,
 	    .topic_length = strlen(received->topic),
@@ -440,7 +451,8 @@ static void on_unsubscribe(struct mosquitto *client, void *context, int id, cons
 		mqtt->handler.unsubscribed(mqtt->owner);
 }
 
-static void on_publish(struct mosquitto *client, void *context, int id, int reason, const mosquitto_property *properties)
+static void on_publish(struct mosquitto *client, void *context, int id, int reason,
+                       const mosquitto_property *properties)
 {
 	struct mqtt *mqtt = context;
 	mqtt->activity++;
@@ -505,7 +517,7 @@ static void read_burst(struct mqtt *mqtt)
 	if (mqtt->link != link || mqtt->generation != generation || mqtt->state == CLOSING)
 		return;
 	bool more = mqtt->messages != messages;
-	if (more && MQTT2MONGO_GATE_OPEN && !flush(mqtt, true))
+	if (more && MQTT2MONGO_GATE_OPEN && !flush(mqtt))
 		return;
 	mqtt->in_burst = true;
 	if (more && mqtt->handler.drained != NULL)
@@ -558,9 +570,10 @@ static void on_poll(uv_poll_t *poll, int status, int events)
 		fail(mqtt, "the broker hung up");
 		return;
 	}
-	if ((events & UV_WRITABLE) && !flush(mqtt, false))
+	if ((events & UV_WRITABLE) && !flush(mqtt))
 		return;
-	bool blocked = is_consumer(mqtt) && mqtt->state == UP && (mqtt->held != 0 || mosquitto_want_write(mqtt->client));
+	bool blocked =
+	    is_consumer(mqtt) && mqtt->state == UP && (mqtt->held != 0 || mosquitto_want_write(mqtt->client));
 	if ((events & (UV_READABLE | UV_WRITABLE) || status < 0) && !blocked)
 		read_burst(mqtt);
 	if (mqtt->link != link)
@@ -569,7 +582,7 @@ static void on_poll(uv_poll_t *poll, int status, int events)
 		fail(mqtt, "connection lost: socket error");
 		return;
 	}
-	if (flush(mqtt, false)) /* CONNECT after a TLS handshake, SUBSCRIBE after CONNACK */
+	if (flush(mqtt)) /* CONNECT after a TLS handshake, SUBSCRIBE after CONNACK */
 		update_poll(mqtt);
 }
 
@@ -687,7 +700,7 @@ static void adopt_socket(struct mqtt *mqtt)
 	mqtt->mask = 0;
 	mqtt->state = HANDSHAKE;
 	mqtt->generation++;
-	if (flush(mqtt, false))
+	if (flush(mqtt))
 		update_poll(mqtt);
 }
 
@@ -703,8 +716,8 @@ static void connect_work(uv_work_t *job)
 	/* TLS checks the certificate against the name it is given here. */
 	const char *host = config->tls.enabled ? config->host : mqtt->numeric;
 	errno = 0;
-	mqtt->job_result = mosquitto_connect_bind_v5(mqtt->client, host, config->port, (int)(config->keepalive_ms / 1000),
-	                                             NULL, properties);
+	mqtt->job_result = mosquitto_connect_bind_v5(mqtt->client, host, config->port,
+	                                             (int)(config->keepalive_ms / 1000), NULL, properties);
 	mqtt->job_errno = errno;
 	mosquitto_property_free_all(&properties);
 }
@@ -767,7 +780,8 @@ static void probe_failed(struct mqtt *mqtt, const char *why)
 	}
 	forget_addresses(mqtt);
 	char text[REASON_TEXT];
-	snprintf(text, sizeof text, "cannot connect: %s; is the broker running, and are mqtt.host and mqtt.port right?", why);
+	snprintf(text, sizeof text, "cannot connect: %s; is the broker running, and are mqtt.host and mqtt.port right?",
+	         why);
 	fail(mqtt, text);
 }
 
@@ -783,8 +797,8 @@ static void probe_answered(uv_connect_t *request, int status)
 	}
 	drop_probe(mqtt);
 	uv_timer_start(&mqtt->timer, connect_timed_out, mqtt->deadline - uv_now(mqtt->loop), 0);
-	getnameinfo(mqtt->next_address->ai_addr, mqtt->next_address->ai_addrlen, mqtt->numeric, sizeof mqtt->numeric, NULL, 0,
-	            NI_NUMERICHOST);
+	getnameinfo(mqtt->next_address->ai_addr, mqtt->next_address->ai_addrlen, mqtt->numeric, sizeof mqtt->numeric,
+	            NULL, 0, NI_NUMERICHOST);
 	forget_addresses(mqtt);
 	start_job(mqtt);
 }
@@ -836,7 +850,8 @@ static void connect_timed_out(uv_timer_t *timer)
 	switch (mqtt->state) {
 	case RESOLVING: /* the resolver's thread cannot be stopped, only waited for */
 		doom(mqtt, "name resolution did not answer within mqtt.connect_timeout");
-		log_repeat(&mqtt->complaint, LOG_LEVEL_WARN, "mqtt", "%s: %s: %s", mqtt->name, mqtt->address, mqtt->doomed);
+		log_repeat(&mqtt->complaint, LOG_LEVEL_WARN, "mqtt", "%s: %s: %s", mqtt->name, mqtt->address,
+		           mqtt->doomed);
 		uv_cancel((uv_req_t *)&mqtt->resolve);
 		break;
 	case PROBING:
@@ -933,6 +948,7 @@ bool mqtt_publish(struct mqtt *mqtt, const char *topic, const void *payload, siz
 {
 	if (mqtt->state != UP || mqtt->closing)
 		return false;
+	mqtt->queued++;
 	int result = mosquitto_publish_v5(mqtt->client, NULL, topic, (int)length, payload, qos, false, NULL);
 	if (result != MOSQ_ERR_SUCCESS)
 		log_repeat(&mqtt->complaint, LOG_LEVEL_WARN, "mqtt", "%s: cannot publish to %s: %s", mqtt->name, topic,
@@ -1007,8 +1023,8 @@ static void send_disconnect(struct mqtt *mqtt)
 	int result = mosquitto_loop_write(mqtt->client, 1);
 	mqtt->in_library = false;
 	if (mosquitto_socket(mqtt->client) == -1) {
-		/* Closing with unread PUBLISHes would send a reset, which may destroy PUBACKs under way: say that we are done, and
-		 * read what still comes until the broker hangs up. */
+		/* Closing with unread PUBLISHes would send a reset, which may destroy PUBACKs under way: say that we
+		 * are done, and read what still comes until the broker hangs up. */
 		shutdown(mqtt->link->fd, SHUT_WR);
 		uv_poll_start(&mqtt->link->poll, UV_READABLE, on_poll);
 	} else if (result == MOSQ_ERR_SUCCESS) {

@@ -2,13 +2,14 @@
  * One libmosquitto connection on the loop: resolve, connect, TLS, poll, keepalive, reconnect with backoff, and the ack
  * gate. Knows neither publisher nor consumer; they are its owners and hear from it through struct mqtt_handler.
  *
- * The ack gate: the library queues the PUBACK of a QoS 1 message before it hands the message over, and a flush sends the
- * whole queue. So what this file counts as held (handed to handler->message, not yet reported by mqtt_durable()) keeps the
- * connection from writing anything, and from reading on; when nothing is held any more the queue is sent and reading goes on.
+ * The ack gate: the library queues the PUBACK of a QoS 1 message before it hands the message over, and a flush sends
+ * the whole queue. So what this file counts as held (handed to handler->message, not yet reported by mqtt_durable())
+ * keeps the connection from writing anything, and from reading on; when nothing is held any more the queue is sent and
+ * reading goes on.
  *
- * Everything here runs on the loop thread, but for one connect job in a worker, during which the library's client is left
- * alone. Handlers are called on the loop thread, mostly from inside the library: they may call any function of this
- * header; what would free the library's client waits until the library has returned.
+ * Everything here runs on the loop thread, but for one connect job in a worker, during which the library's client is
+ * left alone. Handlers are called on the loop thread, mostly from inside the library: they may call any function of
+ * this header; what would free the library's client waits until the library has returned.
  */
 #ifndef MQTT2MONGO_MQTT_H
 #define MQTT2MONGO_MQTT_H
@@ -36,9 +37,9 @@ struct mqtt_message {
 /* What CONNACK granted. */
 struct mqtt_granted {
 	bool session_present;
-	int keepalive_s;           /* in force: the broker's, where it sent one (MQTT 5 §3.2.2.3.14) */
-	int64_t session_expiry_s;  /* in force; -1 under MQTT 3.1.1, where the broker decides */
-	int receive_maximum;       /* what the broker takes from us unacknowledged */
+	int keepalive_s;          /* in force: the broker's, where it sent one (MQTT 5 §3.2.2.3.14) */
+	int64_t session_expiry_s; /* in force; -1 under MQTT 3.1.1, where the broker decides */
+	int receive_maximum;      /* what the broker takes from us unacknowledged */
 	int maximum_qos;
 };
 
@@ -74,8 +75,8 @@ struct mqtt_options {
 struct mqtt *mqtt_create(uv_loop_t *loop, const struct mqtt_options *options, const struct mqtt_handler *handler,
                          void *owner);
 
-/* Connect: at once the first time, after the backoff (mqtt.reconnect.min … max, with jitter) after failures. Does nothing
- * while connected or already trying. */
+/* Connect: at once the first time, after the backoff (mqtt.reconnect.min … max, with jitter) after failures. Does
+ * nothing while connected or already trying. */
 void mqtt_connect(struct mqtt *mqtt);
 
 /* Send SUBSCRIBE for one filter, with retain handling 1 under MQTT 5 (§3.8.3.1: retained messages only for a new
@@ -84,8 +85,8 @@ void mqtt_subscribe(struct mqtt *mqtt, const char *filter, int qos);
 
 void mqtt_unsubscribe(struct mqtt *mqtt, const char *filter);
 
-/* Queue a PUBLISH; call mqtt_flush() after the last of a burst. Returns false when it could not be taken: not connected, or
- * refused by the library (invalid topic, above the broker's maximum). QoS 0 to 2. */
+/* Queue a PUBLISH; call mqtt_flush() after the last of a burst. Returns false when it could not be taken: not
+ * connected, or refused by the library (invalid topic, above the broker's maximum). QoS 0 to 2. */
 bool mqtt_publish(struct mqtt *mqtt, const char *topic, const void *payload, size_t length, int qos);
 
 /* Send what is queued, if the gate allows. */
@@ -98,7 +99,8 @@ uint64_t mqtt_generation(const struct mqtt *mqtt);
  * reading goes on. A generation that has ended is ignored. */
 void mqtt_durable(struct mqtt *mqtt, uint64_t generation, size_t count);
 
-/* Give the connection up without sending anything: what is held goes unacknowledged and comes again. handler->down follows. */
+/* Give the connection up without sending anything: what is held goes unacknowledged and comes again. handler->down
+ * follows. */
 void mqtt_give_up(struct mqtt *mqtt, const char *why);
 
 bool mqtt_is_up(const struct mqtt *mqtt);
@@ -106,8 +108,8 @@ bool mqtt_is_up(const struct mqtt *mqtt);
 /* The host and port of the configuration, for messages. */
 const char *mqtt_address(const struct mqtt *mqtt);
 
-/* End it: DISCONNECT when nothing is held, else without a word. No handler is called any more; `closed` is, once every handle is
- * closed, and then the memory is gone. A running connect job is waited for. */
+/* End it: DISCONNECT when nothing is held, else without a word. No handler is called any more; `closed` is, once every
+ * handle is closed, and then the memory is gone. A running connect job is waited for. */
 void mqtt_close(struct mqtt *mqtt, void (*closed)(void *owner));
 
 #endif

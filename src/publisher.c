@@ -15,7 +15,7 @@ enum {
 	BURST_MOST = 1000,          /* messages in one turn of the loop */
 	LATE_MOST_MS = 1000,
 	TICK_MOST_MS = 1000,
-	TOPIC_BYTES = 65536,        /* MQTT 5 §1.5.4 */
+	TOPIC_BYTES = 65536, /* MQTT 5 §1.5.4 */
 };
 
 struct publisher {
@@ -74,7 +74,8 @@ static uint64_t skip_late(struct publisher *publisher, uint64_t behind)
 	if (behind <= most)
 		return behind;
 	if (!publisher->late)
-		log_warn("publisher", "more than a second behind its rate; the messages that were due are skipped and counted");
+		log_warn("publisher",
+		         "more than a second behind its rate; the messages that were due are skipped and counted");
 	publisher->late = true;
 	publisher->counters->skipped += behind - most;
 	publisher->scheduled += behind - most;
@@ -189,7 +190,8 @@ static void on_published(void *owner, int reason)
 	if (reason == MQTT_RC_NO_MATCHING_SUBSCRIBERS) {
 		publisher->counters->no_subscribers++;
 		if (!publisher->alone_said)
-			log_warn("publisher", "the broker says that nobody is subscribed to %s: it discards the messages",
+			log_warn("publisher",
+			         "the broker says that nobody is subscribed to %s: it discards the messages",
 			         publisher->topic);
 		publisher->alone_said = true;
 	}
@@ -264,7 +266,8 @@ static void close_now(struct publisher *publisher)
 	publisher->closing = true;
 	uint64_t left = unacknowledged(publisher);
 	if (left > 0)
-		log_warn("publisher", "%llu messages were published but not acknowledged when it stopped", (unsigned long long)left);
+		log_warn("publisher", "%llu messages were published but not acknowledged when it stopped",
+		         (unsigned long long)left);
 	mqtt_close(publisher->mqtt, mqtt_closed);
 }
 

@@ -1,9 +1,9 @@
 /*
  * Generated messages at a fixed rate: timer -> template -> publish, on a connection of its own.
  *
- * The schedule is absolute: message number n is due n / rate seconds after the start, so the rate does not drift whatever
- * the timer does. What is late is caught up in bursts of bounded size; what is more than a second late, because the broker was away
- * or did not acknowledge, is skipped and counted. Loop thread.
+ * The schedule is absolute: message number n is due n / rate seconds after the start, so the rate does not drift
+ * whatever the timer does. What is late is caught up in bursts of bounded size; what is more than a second late,
+ * because the broker was away or did not acknowledge, is skipped and counted. Loop thread.
  */
 #ifndef MQTT2MONGO_PUBLISHER_H
 #define MQTT2MONGO_PUBLISHER_H
@@ -30,8 +30,8 @@ struct publisher *publisher_start(uv_loop_t *loop, const struct config *config, 
 /* Begin to publish, now or as soon as connected. Calls after the first do nothing. */
 void publisher_go(struct publisher *publisher);
 
-/* Publish no more, wait for the acknowledgements of what is under way, disconnect. `stopped` is called when everything is
- * closed, and then the memory is gone. */
+/* Publish no more, wait for the acknowledgements of what is under way, disconnect. `stopped` is called when everything
+ * is closed, and then the memory is gone. */
 void publisher_stop(struct publisher *publisher, void (*stopped)(void *owner));
 
 /* While stopping: wait no longer. */

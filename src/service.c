@@ -17,10 +17,10 @@
 
 enum {
 	STATUS_MS = 1000,
-	DRAIN_CHECK_MS = 100,   /* after the publisher's last message: has the consumer got it? */
+	DRAIN_CHECK_MS = 100, /* after the publisher's last message: has the consumer got it? */
 	DRAIN_MOST_MS = 10000,
-	UNSTOPPABLE_MS = 1000,  /* a worker that hangs in the resolver or the driver gets this long on top */
-	EXTRA_THREADS = 4,      /* for name resolution, connects and files, beside the storing workers */
+	UNSTOPPABLE_MS = 1000, /* a worker that hangs in the resolver or the driver gets this long on top */
+	EXTRA_THREADS = 4,     /* for name resolution, connects and files, beside the storing workers */
 	SIGNALS = 4,
 };
 
@@ -93,18 +93,19 @@ static void show_status(uv_timer_t *timer)
 	text[0] = 0;
 	if (service->publisher != NULL) {
 		const struct metrics_publisher *counters = &service->publisher_counters;
-		length += (size_t)snprintf(text, sizeof text, "publisher: %s, %llu/s, %llu acked, %llu on the way",
-		                           publisher_status(service->publisher),
-		                           (unsigned long long)(counters->acked - service->status_acked),
-		                           (unsigned long long)counters->acked,
-		                           (unsigned long long)metrics_unacknowledged(counters));
+		length += (size_t)snprintf(
+		    text, sizeof text, "publisher: %s, %llu/s, %llu acked, %llu on the way",
+		    publisher_status(service->publisher), (unsigned long long)(counters->acked - service->status_acked),
+		    (unsigned long long)counters->acked, (unsigned long long)metrics_unacknowledged(counters));
 		service->status_acked = counters->acked;
 	}
 	if (service->consumer != NULL) {
 		const struct metrics_consumer *counters = &service->consumer_counters;
-		snprintf(text + length, sizeof text - length, "%sconsumer: %s, %llu/s, %llu stored, %llu dead letters, %llu in flight",
+		snprintf(text + length, sizeof text - length,
+		         "%sconsumer: %s, %llu/s, %llu stored, %llu dead letters, %llu in flight",
 		         length > 0 ? " | " : "", consumer_status(service->consumer),
-		         (unsigned long long)(counters->stored - service->status_stored), (unsigned long long)counters->stored,
+		         (unsigned long long)(counters->stored - service->status_stored),
+		         (unsigned long long)counters->stored,
 		         (unsigned long long)metrics_total(counters->dead_lettered, DOCUMENT_REASONS),
 		         (unsigned long long)metrics_in_flight(counters));
 		service->status_stored = counters->stored;
@@ -224,8 +225,8 @@ static bool start_publisher(struct service *service, char *error, size_t error_s
 		return true;
 	if (!state_lock(service->state, "publisher", error, error_size))
 		return false;
-	service->publisher = publisher_start(&service->loop, service->config, service->state, &service->publisher_counters,
-	                                     &handler, service);
+	service->publisher = publisher_start(&service->loop, service->config, service->state,
+	                                     &service->publisher_counters, &handler, service);
 	service->publisher_part.running = service->publisher_ran = true;
 	/* The broker discards what nobody is subscribed to. */
 	if (service->consumer == NULL || service->subscribed)
@@ -286,8 +287,9 @@ static void shutdown_timed_out(uv_timer_t *timer)
 {
 	struct service *service = container_of(timer, struct service, shutdown);
 	if (service->hurried) {
-		log_warn("service", "a worker is still busy with name resolution or MongoDB; exiting without waiting for it. What "
-		                    "is in flight was not acknowledged and comes again");
+		log_warn("service",
+		         "a worker is still busy with name resolution or MongoDB; exiting without waiting for it. What "
+		         "is in flight was not acknowledged and comes again");
 		log_status(NULL);
 		print_sums(service);
 		_exit(service->exit_code);
@@ -325,7 +327,9 @@ static void on_signal(uv_signal_t *handle, int number)
 		break;
 	default:
 		if (service->stopping) {
-			log_warn("service", "second signal: exiting at once; what is in flight was not acknowledged and comes again");
+			log_warn(
+			    "service",
+			    "second signal: exiting at once; what is in flight was not acknowledged and comes again");
 			_exit(1);
 		}
 		log_info("service", "%s: stopping", number == SIGINT ? "SIGINT" : "SIGTERM");

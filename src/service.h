@@ -1,6 +1,6 @@
 /*
- * The whole service: builds the parts, starts and stops them by role, also at run time, listens to signals, and knows the one order
- * of shutting down: the publisher first, then the consumer with what is in flight, then the rest.
+ * The whole service: builds the parts, starts and stops them by role, also at run time, listens to signals, and knows
+ * the one order of shutting down: the publisher first, then the consumer with what is in flight, then the rest.
  *
  * One thread: the one that calls service_run().
  */
@@ -14,15 +14,15 @@
 
 struct service;
 
-/* `config` is borrowed until service_destroy(). No part runs yet. NULL with `error` filled when the state directory cannot be
- * used. Call before anything else has used libuv's thread pool: its size is set here. */
+/* `config` is borrowed until service_destroy(). No part runs yet. NULL with `error` filled when the state directory
+ * cannot be used. Call before anything else has used libuv's thread pool: its size is set here. */
 struct service *service_create(const struct config *config, char *error, size_t error_size);
 
 /* Only after service_run() has returned, or was never called. NULL is allowed. */
 void service_destroy(struct service *service);
 
-/* Start the parts of a role that do not run. False with `error` filled when one cannot: another process has its lock, the
- * state directory cannot be written. */
+/* Start the parts of a role that do not run. False with `error` filled when one cannot: another process has its lock,
+ * the state directory cannot be written. */
 bool service_start_role(struct service *service, enum config_role role, char *error, size_t error_size);
 
 /* Stop the parts of a role, orderly; `stopped` (or NULL) is called on the loop when none of them runs any more. */
@@ -31,8 +31,8 @@ void service_stop_role(struct service *service, enum config_role role, void (*st
 /* The parts that run, starting or stopping included. */
 enum config_role service_roles(const struct service *service);
 
-/* Run until a signal, service_stop(), or the publisher's count is reached; prints the sums to standard output. Returns the exit
- * code: 0, or 1 when something was not done. */
+/* Run until a signal, service_stop(), or the publisher's count is reached; prints the sums to standard output. Returns
+ * the exit code: 0, or 1 when something was not done. */
 int service_run(struct service *service);
 
 /* Stop everything; service_run() returns when that is done. */

@@ -65,7 +65,8 @@ static void set_aside(const struct state *state)
 {
 	char *aside = memory_format("%s.corrupt-%lld", state->path, (long long)time(NULL));
 	int renamed = rename(state->path, aside);
-	log_warn("state", "%s is damaged%s%s; starting with an empty one. A filter subscribed earlier and no longer configured "
+	log_warn("state",
+	         "%s is damaged%s%s; starting with an empty one. A filter subscribed earlier and no longer configured "
 	         "will not be unsubscribed",
 	         state->path, renamed == 0 ? ", set aside as " : "", renamed == 0 ? aside : "");
 	free(aside);
@@ -90,8 +91,8 @@ static void load(struct state *state)
 struct state *state_open(const char *directory, char *error, size_t error_size)
 {
 	if (!make_directories(directory) || access(directory, W_OK | X_OK) != 0) {
-		snprintf(error, error_size, "cannot write to the state directory %s: %s; choose another with state_dir", directory,
-		         strerror(errno));
+		snprintf(error, error_size, "cannot write to the state directory %s: %s; choose another with state_dir",
+		         directory, strerror(errno));
 		return NULL;
 	}
 	struct state *state = memory_zeroed(1, sizeof *state);
@@ -129,7 +130,8 @@ bool state_lock(struct state *state, const char *role, char *error, size_t error
 	int fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
 	if (fd < 0 || flock(fd, LOCK_EX | LOCK_NB) != 0) {
 		if (fd >= 0 && errno == EWOULDBLOCK)
-			snprintf(error, error_size, "another mqtt2mongo (process %ld) runs as %s with the state directory %s; two would "
+			snprintf(error, error_size,
+			         "another mqtt2mongo (process %ld) runs as %s with the state directory %s; two would "
 			         "take the session from each other: give this one its own state_dir",
 			         lock_holder(fd), role, state->directory);
 		else
@@ -189,8 +191,7 @@ static int find_filter(const cJSON *filters, const char *filter)
 {
 	int index = 0;
 	const cJSON *item;
-	cJSON_ArrayForEach(item, filters)
-	{
+	cJSON_ArrayForEach (item, filters) {
 		if (cJSON_IsString(item) && strcmp(item->valuestring, filter) == 0)
 			return index;
 		index++;

@@ -2,9 +2,9 @@
  * The state directory: what must outlive the process. A lock for each role, and state.json with the client id, made
  * once, and the topic filters the broker's session may hold, written before they are subscribed.
  *
- * MQTT has no way to ask a broker for a session's subscriptions, so this file is how a filter that is no longer configured gets
- * unsubscribed. Writes replace the file whole (temporary file, fsync, rename, fsync of the directory). Start-up and workers;
- * one call at a time.
+ * MQTT has no way to ask a broker for a session's subscriptions, so this file is how a filter that is no longer
+ * configured gets unsubscribed. Writes replace the file whole (temporary file, fsync, rename, fsync of the directory).
+ * Start-up and workers; one call at a time.
  */
 #ifndef MQTT2MONGO_STATE_H
 #define MQTT2MONGO_STATE_H
@@ -14,14 +14,15 @@
 
 struct state;
 
-/* Open (and make) the directory and read state.json; a damaged one is set aside and said. NULL with `error` filled when the
- * directory cannot be used. */
+/* Open (and make) the directory and read state.json; a damaged one is set aside and said. NULL with `error` filled when
+ * the directory cannot be used. */
 struct state *state_open(const char *directory, char *error, size_t error_size);
 
 /* Release the locks and free. NULL is allowed. */
 void state_close(struct state *state);
 
-/* Take the lock of a role ("consumer", "publisher") for this process. False with `error` filled when another one holds it. */
+/* Take the lock of a role ("consumer", "publisher") for this process. False with `error` filled when another one holds
+ * it. */
 bool state_lock(struct state *state, const char *role, char *error, size_t error_size);
 void state_unlock(struct state *state, const char *role);
 

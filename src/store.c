@@ -1,11 +1,11 @@
 /*
  * See store.h.
  *
- * A batch is written in chunks of bounded bytes, so that a few messages whose BSON is six times their JSON do not pile up in memory
- * (the driver copies what it sends). A chunk is durable message by message: the driver's reply lists the inserts and the
- * errors with their index, and only when both together account for every document, and no write concern error is among
- * them, is any of it believed. Everything else stays open for another attempt with the same _ids, where an earlier success
- * shows as a duplicate key on _id.
+ * A batch is written in chunks of bounded bytes, so that a few messages whose BSON is six times their JSON do not pile
+ * up in memory (the driver copies what it sends). A chunk is durable message by message: the driver's reply lists the
+ * inserts and the errors with their index, and only when both together account for every document, and no write concern
+ * error is among them, is any of it believed. Everything else stays open for another attempt with the same _ids, where
+ * an earlier success shows as a duplicate key on _id.
  */
 #include "store.h"
 
@@ -32,8 +32,8 @@ struct store {
 	const struct config *config;
 	mongoc_write_concern_t *write_concern;
 	mongoc_uri_t *uri;
-	pthread_mutex_t lock;        /* guards the making of the pool */
-	mongoc_client_pool_t *pool;  /* NULL until its name has been resolved (mongodb+srv) */
+	pthread_mutex_t lock;       /* guards the making of the pool */
+	mongoc_client_pool_t *pool; /* NULL until its name has been resolved (mongodb+srv) */
 };
 
 /* Documents waiting for one insert, back to back, and the message each came from. */
@@ -78,7 +78,8 @@ static bool is_permanent(int code)
 
 static bool is_configuration(uint32_t domain, int code)
 {
-	/* Unauthorized, AuthenticationFailed, UnknownReplWriteConcern, InvalidNamespace, view, and "retry needs a replica set". */
+	/* Unauthorized, AuthenticationFailed, UnknownReplWriteConcern, InvalidNamespace, view, and "retry needs a
+	 * replica set". */
 	static const int codes[] = {13, 18, 73, 79, 166, 8000, 0};
 	return (domain == MONGOC_ERROR_CLIENT && code == MONGOC_ERROR_CLIENT_AUTHENTICATE) ||
 	       ((domain == MONGOC_ERROR_SERVER || domain == MONGOC_ERROR_WRITE_CONCERN) && one_of(code, codes));
@@ -284,19 +285,21 @@ static void bury(struct write *write, size_t message, const struct document_faul
 		start = 0;
 	}
 	write->batch->messages[message].reason = (uint8_t)fault->reason;
-	document_dead_letter(write->batch, &write->batch->messages[message], fault, write->store->config->consumer.topic,
-	                     &dead->bytes);
+	document_dead_letter(write->batch, &write->batch->messages[message], fault,
+	                     write->store->config->consumer.topic, &dead->bytes);
 	chunk_add(dead, start, message);
 }
 
-/* MongoDB will never take this document. A dead letter it does not take stays open: somebody must look at that collection. */
+/* MongoDB will never take this document. A dead letter it does not take stays open: somebody must look at that
+ * collection. */
 static void refuse(struct write *write, const struct chunk *chunk, size_t index, enum document_reason reason,
                    const char *text)
 {
 	if (chunk == &write->scratch->dead) {
 		write->report->class = STORE_CONFIGURATION;
 		snprintf(write->report->message, sizeof write->report->message,
-		         "MongoDB refuses a dead letter: %s; has the collection consumer.dead_letter a validator or unique index?",
+		         "MongoDB refuses a dead letter: %s; has the collection consumer.dead_letter a validator or "
+		         "unique index?",
 		         text);
 		return;
 	}
@@ -385,7 +388,8 @@ static void settle_error(struct write *write, const struct chunk *chunk, size_t 
 	}
 }
 
-static void settle_reply(struct write *write, const struct chunk *chunk, size_t first, size_t count, const bson_t *reply)
+static void settle_reply(struct write *write, const struct chunk *chunk, size_t first, size_t count,
+                         const bson_t *reply)
 {
 	bool *failed = memory_zeroed(count, sizeof *failed);
 	bson_iter_t iter, entry;
@@ -532,7 +536,8 @@ static bool run_command(struct store *store, const char *name, bson_t *reply, st
 	bson_error_t error;
 	bson_init(&command);
 	BSON_APPEND_INT32(&command, name, 1);
-	bool done = mongoc_client_command_simple(client, store->config->mongodb.database, &command, NULL, reply, &error);
+	bool done =
+	    mongoc_client_command_simple(client, store->config->mongodb.database, &command, NULL, reply, &error);
 	bson_destroy(&command);
 	mongoc_client_pool_push(store->pool, client);
 	if (!done)
@@ -562,7 +567,8 @@ bool store_describe(struct store *store, char *text, size_t size, struct store_r
 	if (known) {
 		known = run_command(store, "hello", &hello, report);
 		const char *set = text_field(&hello, "setName", NULL);
-		snprintf(text, size, "MongoDB %s, %s%s", text_field(&build, "version", "?"), set ? "replica set " : "standalone",
+		snprintf(text, size, "MongoDB %s, %s%s", text_field(&build, "version", "?"),
+		         set ? "replica set " : "standalone",
 		         set ? set : " (a majority is one server: what its disk loses is lost)");
 		bson_destroy(&hello);
 	}
@@ -579,6 +585,7 @@ void store_write_concern_text(const struct store *store, char *text, size_t size
 	const char *name = w == MONGOC_WRITE_CONCERN_W_MAJORITY ? "majority"
 	                   : w == MONGOC_WRITE_CONCERN_W_TAG    ? mongoc_write_concern_get_wtag(concern)
 	                                                        : number;
-	snprintf(text, size, "w:%s, j:%s, timeout %lld ms", name, mongoc_write_concern_get_journal(concern) ? "true" : "false",
+	snprintf(text, size, "w:%s, j:%s, timeout %lld ms", name,
+	         mongoc_write_concern_get_journal(concern) ? "true" : "false",
 	         (long long)mongoc_write_concern_get_wtimeout_int64(concern));
 }

@@ -1,6 +1,6 @@
 /*
- * MongoDB: a pool of clients, and one unordered bulk insert per namespace for each batch. The only file that talks to the
- * database and that knows what its errors mean.
+ * MongoDB: a pool of clients, and one unordered bulk insert per namespace for each batch. The only file that talks to
+ * the database and that knows what its errors mean.
  *
  * store_create() and store_destroy() run on the loop thread and never touch the network; the others run in workers and
  * block up to the driver's time-outs.
@@ -17,12 +17,13 @@ struct store;
 enum store_class {
 	STORE_OK,            /* none is */
 	STORE_TRANSIENT,     /* the database is away, or its answer unknown: the same again */
-	STORE_CONFIGURATION, /* credentials, rights, a missing or misconfigured collection: somebody must act; the same again */
+	STORE_CONFIGURATION, /* credentials, rights, a missing or misconfigured collection: somebody must act; the same
+	                        again */
 };
 
 struct store_report {
 	enum store_class class;
-	size_t open;       /* messages of the batch that are not durable */
+	size_t open;        /* messages of the batch that are not durable */
 	char message[1024]; /* what MongoDB or the driver said, with the remedy where we know one; no secret */
 };
 
@@ -39,16 +40,16 @@ void store_destroy(struct store *store);
 
 /*
  * Make every open message of `batch` durable: documents into consumer.collection, dead letters into
- * consumer.dead_letter, with the configured write concern. Sets each message's outcome; what stays BATCH_OPEN may or may not be in
- * the database and is safe to try again, since its _id is fixed. Worker thread.
+ * consumer.dead_letter, with the configured write concern. Sets each message's outcome; what stays BATCH_OPEN may or
+ * may not be in the database and is safe to try again, since its _id is fixed. Worker thread.
  */
 void store_write(struct store *store, struct store_scratch *scratch, struct batch *batch, struct store_report *report);
 
 /* Find out whether the database answers and takes our credentials. Worker thread. */
 void store_ping(struct store *store, struct store_report *report);
 
-/* One line about the server: version, replica set or standalone. False with `report` filled when it does not answer. Worker
- * thread, or the main thread when no loop runs. */
+/* One line about the server: version, replica set or standalone. False with `report` filled when it does not answer.
+ * Worker thread, or the main thread when no loop runs. */
 bool store_describe(struct store *store, char *text, size_t size, struct store_report *report);
 
 /* "w:majority, j:true, 10 s": the promise in force. */

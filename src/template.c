@@ -13,7 +13,8 @@
 
 enum { TEXT_BYTES = 512 };
 
-struct template {
+struct template
+{
 	uint64_t random;
 	int64_t devices;
 	int digits; /* of the device number, at least 3 */
@@ -81,7 +82,7 @@ static void print_time(int64_t now, char *text, size_t size)
 struct template_message template_render(struct template *template, uint64_t sequence, int64_t now)
 {
 	char text[32];
-	int64_t device = (int64_t)(next_random(&template->random) % (uint64_t)template->devices);
+	int64_t device = (int64_t)(next_random(&template->random) % (uint64_t) template->devices);
 	snprintf(text, sizeof text, "device-%0*lld", template->digits, (long long)device);
 	cJSON_SetValuestring(template->device, text);
 	print_time(now, text, sizeof text);

@@ -168,9 +168,9 @@ static void defaults(void **state)
 static void precedence(void **state)
 {
 	const char *variables[] = {"HOME=/h", "MQTT2MONGO_MQTT_HOST=environment", "MQTT2MONGO_MQTT_PORT=2",
-				   "MQTT2MONGO_MQTT_TLS_ENABLED=true", NULL};
+	                           "MQTT2MONGO_MQTT_TLS_ENABLED=true", NULL};
 	write_file("a.json",
-		   "{\"role\": \"both\", \"mqtt\": {\"host\": \"file\", \"port\": 1, \"username\": \"file\"}}");
+	           "{\"role\": \"both\", \"mqtt\": {\"host\": \"file\", \"port\": 1, \"username\": \"file\"}}");
 	environment = variables;
 	accepts("--mqtt-host=flag|-c|a.json");
 	assert_string_equal(config.mqtt.host, "flag");
@@ -186,7 +186,7 @@ static void losing_values_are_checked_too(void **state)
 {
 	write_file("a.json", "{\"mqtt\": {\n\"port\": 0}}");
 	refuses("--role|both|-c|a.json|--mqtt-port|1",
-		"a.json:2: mqtt.port: 0 is out of range, allowed are 1 to 65535");
+	        "a.json:2: mqtt.port: 0 is out of range, allowed are 1 to 65535");
 }
 
 static void all_errors_are_said(void **state)
@@ -225,7 +225,7 @@ static void durations(void **state)
 		const char *text;
 		int64_t ms;
 	} GOOD[] = {{"100ms", 100},    {"1s", 1000},  {"1.5s", 1500}, {"2m", 120000},
-		    {"10min", 600000}, {"0.1s", 100}, {"2 s", 2000},  {"0.001h", 3600}};
+	            {"10min", 600000}, {"0.1s", 100}, {"2 s", 2000},  {"0.001h", 3600}};
 	for (size_t i = 0; i < sizeof GOOD / sizeof GOOD[0]; i++) {
 		char *flags;
 		assert_true(asprintf(&flags, "--role|both|--mqtt-connect-timeout|%s", GOOD[i].text) > 0);
@@ -265,10 +265,10 @@ static void sizes(void **state)
 	assert_int_equal(config.consumer.batch_bytes, 256 << 20);
 	refuses("--role|both|--consumer-max-payload|0", "\"0\" is out of range, allowed are 1B to 15MiB");
 	refuses("--role|both|--consumer-max-payload|15729B|--consumer-batch-bytes|65535B",
-		"allowed are 64KiB to 256MiB");
+	        "allowed are 64KiB to 256MiB");
 	refuses("--role|both|--consumer-max-payload|16MiB", "is out of range");
 	refuses("--role|both|--consumer-max-payload|1048576",
-		"\"1048576\" has no unit, write \"1048576B\" or \"1048576MiB\"");
+	        "\"1048576\" has no unit, write \"1048576B\" or \"1048576MiB\"");
 	refuses("--role|both|--consumer-max-payload|1Mb", "is not a size, as in \"512KiB\"");
 	refuses("--role|both|--consumer-max-payload|1.5B", "must be whole bytes");
 }
@@ -365,12 +365,12 @@ static void synonyms(void **state)
 		free(text);
 	}
 	const char *variables[] = {"HOME=/h",
-				   "MQTT2MONGO_BROKER=s3cret",
-				   "MQTT2MONGO_MONGO_URI=s3cret",
-				   "MQTT2MONGO_DATABASE_NAME=q",
-				   "MQTT2MONGO_PORT=x",
-				   "MQTT2MONGO_ZZZZZZZZ=1",
-				   NULL};
+	                           "MQTT2MONGO_BROKER=s3cret",
+	                           "MQTT2MONGO_MONGO_URI=s3cret",
+	                           "MQTT2MONGO_DATABASE_NAME=q",
+	                           "MQTT2MONGO_PORT=x",
+	                           "MQTT2MONGO_ZZZZZZZZ=1",
+	                           NULL};
 	environment = variables;
 	warns("--role|both", "MQTT2MONGO_BROKER has no effect, did you mean MQTT2MONGO_MQTT_HOST?");
 	assert_says("MQTT2MONGO_MONGO_URI has no effect, did you mean MQTT2MONGO_MONGODB_URI?");
@@ -386,7 +386,7 @@ static void synonyms(void **state)
 static void broken_environment(void **state)
 {
 	const char *variables[] = {"HOME=/h", "MQTT2MONGO_MQTT_PORT=", "MQTT2MONGO_ROLE=both",
-				   "MQTT2MONGO_MQTT_KEEPALIVE=60", NULL};
+	                           "MQTT2MONGO_MQTT_KEEPALIVE=60", NULL};
 	environment = variables;
 	refuses("--mqtt-host|x", "MQTT2MONGO_MQTT_PORT: is empty; give a value or leave it out to get the default");
 	assert_says("MQTT2MONGO_MQTT_KEEPALIVE: \"60\" has no unit, write \"60s\" or \"60ms\"");
@@ -395,15 +395,15 @@ static void broken_environment(void **state)
 static void comments(void **state)
 {
 	write_file("a.json",
-		   "// first\n{/* \" // */ \"role\": /**/ \"both\", // \"mqtt\": {}\r\n"
-		   "\"mqtt\": {\"client_id\": \"a//b/*c*/\\\"//\", /* two\nlines **/ \"username\": \"u\"}}//end");
+	           "// first\n{/* \" // */ \"role\": /**/ \"both\", // \"mqtt\": {}\r\n"
+	           "\"mqtt\": {\"client_id\": \"a//b/*c*/\\\"//\", /* two\nlines **/ \"username\": \"u\"}}//end");
 	accepts("-c|a.json");
 	assert_string_equal(config.mqtt.client_id, "a//b/*c*/\"//");
 	assert_string_equal(config.mqtt.username, "u");
 	refuses_file("{}\n  /* open", "2:3: the comment that starts here is not closed with */");
 	refuses_file("{} /*/", "1:4: the comment that starts here is not closed with */");
 	refuses_file("/* a\n\n */ {\"mqtt\": // x\n {\"x\": 1}}",
-		     "4: unknown key \"mqtt.x\"; mqtt2mongo --help lists all");
+	             "4: unknown key \"mqtt.x\"; mqtt2mongo --help lists all");
 }
 
 static void syntax_errors_have_a_place(void **state)
@@ -430,28 +430,28 @@ static void syntax_errors_have_a_place(void **state)
 static void wrong_types(void **state)
 {
 	refuses_file("{\"mqtt\": {\"port\": \"1883\"}}",
-		     "1: mqtt.port: is a text, must be a whole number, without quotes");
+	             "1: mqtt.port: is a text, must be a whole number, without quotes");
 	refuses_file("{\"mqtt\":\n{\"host\":\n\n5}}", "2: mqtt.host: is a number, must be a text in quotes");
 	refuses_file("{\"mqtt\": {\"host\": null}}",
-		     "1: mqtt.host: is null; give a value or leave it out to get the default");
+	             "1: mqtt.host: is null; give a value or leave it out to get the default");
 	refuses_file("{\"mqtt\": {\"host\": {\"a\": 1}, \n\"x\": 2}}",
-		     "1: mqtt.host: is an object, must be a text in quotes");
+	             "1: mqtt.host: is an object, must be a text in quotes");
 	assert_says("a.json:2: unknown key \"mqtt.x\"");
 	refuses_file("{\"mqtt\": {\"host\": [{\"a\": 1, \"b\": [{\"c\": 2}]}]\n, \"x\": 2}}",
-		     "1: mqtt.host: is a list, must be a text in quotes");
+	             "1: mqtt.host: is a list, must be a text in quotes");
 	assert_says("a.json:2: unknown key \"mqtt.x\"");
 	refuses_file("{\"mqtt\": {\"keepalive\": 60}}", "1: mqtt.keepalive: 60 has no unit, write \"60s\" or \"60ms\"");
 	refuses_file(
 	    "{\"mqtt\": {\"keepalive\": true}}",
 	    "1: mqtt.keepalive: is true or false, must be a duration, as in \"500ms\", \"30s\", \"5min\", \"7d\"");
 	refuses_file("{\"mongodb\": {\"write_concern\": {\"j\": \"true\"}}}",
-		     "1: mongodb.write_concern.j: is a text, must be true or false, without quotes");
+	             "1: mongodb.write_concern.j: is a text, must be true or false, without quotes");
 	refuses_file("{\"mqtt\": \"x\"}", "1: mqtt is a section, must be an object: \"mqtt\": { … }");
 	refuses_file("{\"mqtt.host\": \"x\"}",
-		     "1: \"mqtt.host\" must be nested, one object for each dot, as in \"mqtt\": { "
-		     "\"host\": … }");
+	             "1: \"mqtt.host\" must be nested, one object for each dot, as in \"mqtt\": { "
+	             "\"host\": … }");
 	refuses_file("{\"mqtt\": {\"host\": \"a\\u0000b\"}}",
-		     "1: mqtt.host: holds a NUL character (\\u0000), take it out");
+	             "1: mqtt.host: holds a NUL character (\\u0000), take it out");
 	refuses_file("{\"mqtt\": {\"port\": 1.5}}", "1: mqtt.port: 1.5 is not a whole number");
 	refuses_file("{\"mqtt\": {\"host\": \"a\",\n\"host\": \"b\"}}", "2: mqtt.host is in the file twice, keep one");
 	refuses_file("{\"mqtt\": {},\n\"mqtt\": {\"x\": 1},\n\"y\": 1}", "2: mqtt is in the file twice, keep one");
@@ -461,8 +461,8 @@ static void wrong_types(void **state)
 static void numbers_in_the_file(void **state)
 {
 	write_file("a.json", "{\"role\": \"both\", \"publisher\": {\"rate\": 20, \"seed\": 18446744073709551615},"
-			     "\"mqtt\": {\"protocol\": 5}, \"shutdown_timeout\": 0, \"consumer\": {\"max_payload\": "
-			     "\"2MiB\"}}");
+	                     "\"mqtt\": {\"protocol\": 5}, \"shutdown_timeout\": 0, \"consumer\": {\"max_payload\": "
+	                     "\"2MiB\"}}");
 	accepts("-c|a.json");
 	assert_true(config.publisher.seed == UINT64_MAX);
 	assert_int_equal(config.shutdown_timeout_ms, 0);
@@ -472,9 +472,9 @@ static void numbers_in_the_file(void **state)
 static void hosts(void **state)
 {
 	refuses("--role|both|--mqtt-host|mqtt://h:1884",
-		"--mqtt-host: is a URL, write mqtt.host \"h\", mqtt.port 1884 instead");
+	        "--mqtt-host: is a URL, write mqtt.host \"h\", mqtt.port 1884 instead");
 	refuses("--role|both|--mqtt-host|mqtts://u:s3cret@h/",
-		"is a URL, write mqtt.host \"h\", mqtt.tls.enabled true, mqtt.username and mqtt.password_file instead");
+	        "is a URL, write mqtt.host \"h\", mqtt.tls.enabled true, mqtt.username and mqtt.password_file instead");
 	assert_null(strstr(said, "s3cret"));
 	refuses("--role|both|--mqtt-host|ws://h", "MQTT over WebSockets is not supported");
 	refuses("--role|both|--mqtt-host|h:1884", "holds a port, write mqtt.host \"h\" and mqtt.port 1884 instead");
@@ -495,18 +495,18 @@ static void topics(void **state)
 {
 	static const char *const GOOD[] = {"#", "+", "a/+/b/#", "/", "$SYS/#", "a//b", "é/#", "+/+"};
 	static const char *const BAD[][2] = {{"a/#/b", "# must be a whole level and the last one"},
-					     {"a#", "# must be a whole level and the last one"},
-					     {"#/", "# must be a whole level and the last one"},
-					     {"a+/b", "+ must be a whole level"},
-					     {"a/+b", "+ must be a whole level"},
-					     {"", "is empty"},
-					     {"a\x01", "is not UTF-8 without control characters"},
-					     {"a\xff", "is not UTF-8"},
-					     {"a\xc0\x80", "is not UTF-8"},
-					     {"a\xed\xa0\x80", "is not UTF-8"},
-					     {"$share/g/a",
-					      "shared subscriptions are not supported yet, give the filter "
-					      "without $share/GROUP/"}};
+	                                     {"a#", "# must be a whole level and the last one"},
+	                                     {"#/", "# must be a whole level and the last one"},
+	                                     {"a+/b", "+ must be a whole level"},
+	                                     {"a/+b", "+ must be a whole level"},
+	                                     {"", "is empty"},
+	                                     {"a\x01", "is not UTF-8 without control characters"},
+	                                     {"a\xff", "is not UTF-8"},
+	                                     {"a\xc0\x80", "is not UTF-8"},
+	                                     {"a\xed\xa0\x80", "is not UTF-8"},
+	                                     {"$share/g/a",
+	                                      "shared subscriptions are not supported yet, give the filter "
+	                                      "without $share/GROUP/"}};
 	char *flags;
 	for (size_t i = 0; i < sizeof GOOD / sizeof GOOD[0]; i++) {
 		assert_true(asprintf(&flags, "--role|both|--consumer-topic=%s", GOOD[i]) > 0);
@@ -535,12 +535,12 @@ static void mongodb_names(void **state)
 	refuses("--role|both|--mongodb-database|a.b", "MongoDB allows no space");
 	refuses("--role|both|--mongodb-database|local", "belong to MongoDB itself");
 	refuses("--role|both|--mongodb-database|0123456789012345678901234567890123456789012345678901234567890123",
-		"is longer than 63 bytes");
+	        "is longer than 63 bytes");
 	refuses("--role|both|--consumer-collection|a$b", "--consumer-collection: MongoDB allows no $");
 	refuses("--role|both|--consumer-dead-letter|system.x", "--consumer-dead-letter: names that start with system.");
 	refuses("--role|both|--consumer-collection|.a", "must not start or end with a dot");
 	refuses("--role|both|--consumer-collection|dead_letter",
-		"consumer.dead_letter: is the same as consumer.collection");
+	        "consumer.dead_letter: is the same as consumer.collection");
 }
 
 static void crossed_values(void **state)
@@ -548,7 +548,7 @@ static void crossed_values(void **state)
 	refuses("--role|both|--mqtt-reconnect-min|31s", "--mqtt-reconnect-min: is longer than mqtt.reconnect.max");
 	accepts("--role|both|--mqtt-reconnect-min|30s");
 	refuses("--role|both|--consumer-batch-bytes|64KiB",
-		"--consumer-batch-bytes: is less than consumer.max_payload");
+	        "--consumer-batch-bytes: is less than consumer.max_payload");
 	warns("--role|both|--mqtt-protocol|3.1.1|--mqtt-session-expiry|1d",
 	      "--mqtt-session-expiry: has no effect with MQTT 3.1.1, there the broker decides");
 	warns("--role|both|--mqtt-protocol|3.1.1|--mqtt-receive-maximum|1", "--mqtt-receive-maximum: has no effect");
@@ -575,10 +575,10 @@ static void tls(void **state)
 static void write_concern(void **state)
 {
 	refuses("--role|both|--mongodb-write-concern-w|0",
-		"0 is refused, acknowledging to the broker would promise nothing");
+	        "0 is refused, acknowledging to the broker would promise nothing");
 	refuses_file("{\"mongodb\": {\"write_concern\": {\"w\": 0}}}",
-		     "1: mongodb.write_concern.w: 0 is refused, acknowledging to the broker would promise nothing; the "
-		     "least is 1");
+	             "1: mongodb.write_concern.w: 0 is refused, acknowledging to the broker would promise nothing; the "
+	             "least is 1");
 	refuses("--role|both|--mongodb-write-concern-w|00", "is refused");
 	refuses("--role|both|--mongodb-write-concern-w|-1", "must be majority, 1 to 50 members");
 	warns("--role|both|--mongodb-write-concern-w|1", "--mongodb-write-concern-w: 1 promises less than majority");
@@ -669,7 +669,7 @@ static void secrets_in_files(void **state)
 	refuses("--role|both|--mqtt-password-file|empty", "--mqtt-password-file: empty is empty");
 	refuses("--role|both|--mqtt-password-file|none", "--mqtt-password-file: cannot read none: No such file");
 	refuses("--role|both|--mqtt-password-file|password|--mqtt-password|x",
-		"--mqtt-password-file: --mqtt-password is set as well, keep one of the two");
+	        "--mqtt-password-file: --mqtt-password is set as well, keep one of the two");
 	refuses("--role|both|--mongodb-uri-file|uri|--mongodb-uri|mongodb://h", "--mongodb-uri is set as well");
 	FILE *file = fopen("nul", "w");
 	fwrite("a\0b", 1, 3, file);
@@ -677,7 +677,7 @@ static void secrets_in_files(void **state)
 	refuses("--role|both|--mqtt-password-file|nul", "holds a NUL byte");
 	chmod("password", 0600);
 	refuses("--role|both|--mqtt-password-file|password|--mqtt-protocol|3.1.1",
-		"--mqtt-password-file: MQTT 3.1.1 has no password without a user name, set mqtt.username");
+	        "--mqtt-password-file: MQTT 3.1.1 has no password without a user name, set mqtt.username");
 	accepts("--role|both|--mqtt-password-file|password|--mqtt-protocol|3.1.1|--mqtt-username|u");
 }
 
@@ -711,7 +711,7 @@ static void state_directory(void **state)
 	const char *relative[] = {"XDG_STATE_HOME=x", "HOME=/h", NULL};
 	const char *none[] = {NULL};
 	bool system_wide = access("/var/lib/mqtt2mongo", W_OK) == 0 ||
-			   (access("/var/lib/mqtt2mongo", F_OK) != 0 && access("/var/lib", W_OK) == 0);
+	                   (access("/var/lib/mqtt2mongo", F_OK) != 0 && access("/var/lib", W_OK) == 0);
 	environment = systemd;
 	accepts("--role|both");
 	assert_string_equal(config.state_dir, "/var/lib/a");
@@ -862,7 +862,7 @@ static int enter_directory(void **state)
 static int leave_directory(void **state)
 {
 	static const char *const FILES[] = {"a.json", "pem",    "password", "uri",       "empty",
-					    "nul",    "page.1", "page.txt", "complaints"};
+	                                    "nul",    "page.1", "page.txt", "complaints"};
 	char *path = get_current_dir_name();
 	for (size_t i = 0; i < sizeof FILES / sizeof FILES[0]; i++)
 		unlink(FILES[i]);

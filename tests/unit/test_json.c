@@ -114,7 +114,8 @@ static void assert_accepts(struct text text, const bson_t *expected)
 	if (outcome.fault.code != JSON_OK)
 		fail_msg("%s: refused at %zu: %s", printable(text), outcome.fault.offset, outcome.fault.message);
 	wrap(&outcome.out, &document);
-	if (document.length != length_of(expected) || memcmp(document.data, bson_get_data(expected), document.length) != 0)
+	if (document.length != length_of(expected) ||
+	    memcmp(document.data, bson_get_data(expected), document.length) != 0)
 		fail_msg("%s: other bytes than libbson's", printable(text));
 	assert_valid_bson(text, &document);
 	buffer_finish(&document);
@@ -160,7 +161,7 @@ static void assert_refuses(struct text text, enum json_code code, size_t offset)
 	struct json_fault fault = fault_of(text);
 	if (fault.code != code || fault.offset != offset)
 		fail_msg("%s: %s at %zu (%s), not %s at %zu", printable(text), json_code_name(fault.code), fault.offset,
-			 fault.message, json_code_name(code), offset);
+		         fault.message, json_code_name(code), offset);
 	if (code != JSON_NUMBER_RANGE && code != JSON_KEY_NUL)
 		assert_first_wrong_byte(text, offset);
 }
@@ -229,7 +230,7 @@ static void white_space_is_allowed_between_tokens(void **state)
 	assert_accepts_literal("\n{\n}\n", BCON_NEW(KEY, "{", "}"));
 	assert_accepts_literal(" [ 1 , 2 ] ", BCON_NEW(KEY, "[", BCON_INT32(1), BCON_INT32(2), "]"));
 	assert_accepts_literal("\r\n{\t\"a\"\n: 1 , \"b\" :\r2 }",
-			       BCON_NEW(KEY, "{", "a", BCON_INT32(1), "b", BCON_INT32(2), "}"));
+	                       BCON_NEW(KEY, "{", "a", BCON_INT32(1), "b", BCON_INT32(2), "}"));
 }
 
 static void arrays_get_decimal_indexes(void **state)
@@ -237,7 +238,7 @@ static void arrays_get_decimal_indexes(void **state)
 	assert_accepts_literal("[]", BCON_NEW(KEY, "[", "]"));
 	assert_accepts_literal("[[]]", BCON_NEW(KEY, "[", "[", "]", "]"));
 	assert_accepts_literal("[null,\"x\",{},1.5]",
-			       BCON_NEW(KEY, "[", BCON_NULL, BCON_UTF8("x"), "{", "}", BCON_DOUBLE(1.5), "]"));
+	                       BCON_NEW(KEY, "[", BCON_NULL, BCON_UTF8("x"), "{", "}", BCON_DOUBLE(1.5), "]"));
 
 	enum { COUNT = 12345 };
 	struct buffer text = {0};
@@ -264,22 +265,22 @@ static void objects_keep_keys_and_order(void **state)
 	assert_accepts_literal("{\"a\":1,\"a\":2}", BCON_NEW(KEY, "{", "a", BCON_INT32(1), "a", BCON_INT32(2), "}"));
 	assert_accepts_literal("{\"\":1}", BCON_NEW(KEY, "{", "", BCON_INT32(1), "}"));
 	assert_accepts_literal("{\"$set\":{\"a.b\":1}}",
-			       BCON_NEW(KEY, "{", "$set", "{", "a.b", BCON_INT32(1), "}", "}"));
+	                       BCON_NEW(KEY, "{", "$set", "{", "a.b", BCON_INT32(1), "}", "}"));
 	assert_accepts_literal("{\"$\":1,\".\":2}", BCON_NEW(KEY, "{", "$", BCON_INT32(1), ".", BCON_INT32(2), "}"));
 	assert_accepts_literal("{\"$date\":{\"$numberLong\":\"0\"}}",
-			       BCON_NEW(KEY, "{", "$date", "{", "$numberLong", BCON_UTF8("0"), "}", "}"));
+	                       BCON_NEW(KEY, "{", "$date", "{", "$numberLong", BCON_UTF8("0"), "}", "}"));
 	assert_accepts_literal("{\"\\u00e9\\\"\xE2\x82\xAC\":[{\"a\":[]}]}",
-			       BCON_NEW(KEY, "{", "\xC3\xA9\"\xE2\x82\xAC", "[", "{", "a", "[", "]", "}", "]", "}"));
+	                       BCON_NEW(KEY, "{", "\xC3\xA9\"\xE2\x82\xAC", "[", "{", "a", "[", "]", "}", "]", "}"));
 }
 
 static void a_message_of_every_type(void **state)
 {
 	assert_accepts_literal("{\"device\":\"device-007\",\"seq\":12345,\"time\":\"2026-11-22T20:18:24.123Z\","
-			       "\"temperature\":21.53,\"big\":3000000000,\"ok\":true,\"none\":null,\"list\":[1,[2]]}",
-			       BCON_NEW(KEY, "{", "device", BCON_UTF8("device-007"), "seq", BCON_INT32(12345), "time",
-					BCON_UTF8("2026-11-22T20:18:24.123Z"), "temperature", BCON_DOUBLE(21.53), "big",
-					BCON_INT64(INT64_C(3000000000)), "ok", BCON_BOOL(true), "none", BCON_NULL,
-					"list", "[", BCON_INT32(1), "[", BCON_INT32(2), "]", "]", "}"));
+	                       "\"temperature\":21.53,\"big\":3000000000,\"ok\":true,\"none\":null,\"list\":[1,[2]]}",
+	                       BCON_NEW(KEY, "{", "device", BCON_UTF8("device-007"), "seq", BCON_INT32(12345), "time",
+	                                BCON_UTF8("2026-11-22T20:18:24.123Z"), "temperature", BCON_DOUBLE(21.53), "big",
+	                                BCON_INT64(INT64_C(3000000000)), "ok", BCON_BOOL(true), "none", BCON_NULL,
+	                                "list", "[", BCON_INT32(1), "[", BCON_INT32(2), "]", "]", "}"));
 }
 
 static void broken_structure_is_refused(void **state)
@@ -585,7 +586,7 @@ static void random_double_text(char *text)
 	if (exponent) {
 		int range = random_below(2) != 0 ? 25 : 345;
 		sprintf(text, "%c%s%d", random_below(2) != 0 ? 'e' : 'E', random_below(2) != 0 ? "-" : "",
-			(int)random_below((uint64_t)range));
+		        (int)random_below((uint64_t)range));
 	}
 }
 
@@ -832,7 +833,7 @@ static int write_twice(uint32_t code, const char *raw, size_t size, char *text)
 	if (code < 0x10000)
 		return sprintf(text, "\"%.*s\\u%04x\"", (int)size, raw, code);
 	return sprintf(text, "\"%.*s\\u%04X\\u%04X\"", (int)size, raw, 0xD800 + ((code - 0x10000) >> 10),
-		       0xDC00 + (code & 0x3FF));
+	               0xDC00 + (code & 0x3FF));
 }
 
 static void every_character_raw_and_escaped(void **state)
@@ -852,7 +853,7 @@ static void every_character_raw_and_escaped(void **state)
 		if ((result == JSON_OK) != allowed)
 			fail_msg("U+%04X: %s", code, json_code_name(result));
 		if (allowed && (out.length != 7 + 2 * size || memcmp(out.data + 6, raw, size) != 0 ||
-				memcmp(out.data + 6 + size, raw, size) != 0))
+		                memcmp(out.data + 6 + size, raw, size) != 0))
 			fail_msg("U+%04X: other bytes", code);
 	}
 	buffer_finish(&out);
@@ -942,7 +943,7 @@ static void the_101st_level_is_refused(void **state)
 		for (int depth = JSON_MAX_DEPTH + 1; depth < 100000; depth *= 30) {
 			struct buffer text = nested_text(cases[i].brackets, depth);
 			assert_refuses((struct text){(const char *)text.data, text.length}, JSON_DEPTH,
-				       cases[i].offset);
+			               cases[i].offset);
 			buffer_finish(&text);
 		}
 	}
@@ -993,7 +994,7 @@ static void the_limit_is_exact(void **state)
 			struct outcome tight = convert(texts[i], limit);
 			if (tight.fault.code != JSON_TOO_LARGE)
 				fail_msg("%s: limit %zu: %s", printable(texts[i]), limit,
-					 json_code_name(tight.fault.code));
+				         json_code_name(tight.fault.code));
 			buffer_finish(&tight.out);
 		}
 		buffer_finish(&enough.out);
@@ -1013,7 +1014,7 @@ static void assert_little_memory(const char *open, const char *item, const char 
 		buffer_append(&text, item, strlen(item));
 	buffer_append(&text, close, strlen(close) + 1);
 	assert_int_equal(json_to_bson((const char *)text.data, text.length - 1, KEY, LIMIT, &out, &fault),
-			 JSON_TOO_LARGE);
+	                 JSON_TOO_LARGE);
 	assert_int_equal(out.length, 0);
 	assert_in_range(out.capacity, 0, MEMORY);
 	buffer_finish(&out);
@@ -1045,7 +1046,7 @@ static void success_fills_in_the_fault(void **state)
 static void the_element_has_the_callers_key(void **state)
 {
 	static const uint8_t expected[] = {BSON_TYPE_INT32, 'a', '.', 'b', 0, 0x04, 0x03, 0x02, 0x01,
-					   BSON_TYPE_NULL,  0};
+	                                   BSON_TYPE_NULL,  0};
 	struct buffer out = {0};
 	struct json_fault fault;
 	assert_int_equal(json_to_bson("16909060", 8, "a.b", NO_LIMIT, &out, &fault), JSON_OK);

@@ -337,8 +337,8 @@ static bool same_document(const struct buffer *element, const cJSON *item)
 	buffer_append(&bytes, element->data, element->length);
 	buffer_append_byte(&bytes, 0);
 	bool same = bson_init_static(&document, bytes.data, bytes.length) &&
-		    bson_validate(&document, BSON_VALIDATE_UTF8 | BSON_VALIDATE_UTF8_ALLOW_NULL, NULL) &&
-		    bson_iter_init_find(&iter, &document, "value") && same_value(&iter, item);
+	            bson_validate(&document, BSON_VALIDATE_UTF8 | BSON_VALIDATE_UTF8_ALLOW_NULL, NULL) &&
+	            bson_iter_init_find(&iter, &document, "value") && same_value(&iter, item);
 	buffer_finish(&bytes);
 	return same;
 }
@@ -519,7 +519,7 @@ static const char *compare(const struct text *text, struct buffer *out, struct t
 	else if (!ours && item != NULL && !is_lenient(text, &fault))
 		wrong = "refused by us only, for no known reason";
 	else if ((fault.code == JSON_SYNTAX || fault.code == JSON_UTF8 || fault.code == JSON_DEPTH) &&
-		 !first_wrong_byte(text, fault.offset, out))
+	         !first_wrong_byte(text, fault.offset, out))
 		wrong = "not the first wrong byte";
 	tally->both += ours && item != NULL;
 	tally->ours += ours && item == NULL;

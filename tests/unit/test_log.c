@@ -121,9 +121,9 @@ static void levels(void **state)
 static void forged_lines_are_escaped(void **state)
 {
 	log_info("a", "%s",
-		 "x\n2026-01-01 error b: \x1b[2J\x7f\xc2\x9b \xff\xc0\x80\xed\xa0\x80 \xf4\x90\x80\x80 é€😀\\\"");
+	         "x\n2026-01-01 error b: \x1b[2J\x7f\xc2\x9b \xff\xc0\x80\xed\xa0\x80 \xf4\x90\x80\x80 é€😀\\\"");
 	assert_string_equal(capture_after_time(), "info  a: x\\n2026-01-01 error b: \\x1b[2J\\x7f\\xc2\\x9b "
-						  "\\xff\\xc0\\x80\\xed\\xa0\\x80 \\xf4\\x90\\x80\\x80 é€😀\\\"\n");
+	                                          "\\xff\\xc0\\x80\\xed\\xa0\\x80 \\xf4\\x90\\x80\\x80 é€😀\\\"\n");
 }
 
 static void errno_survives(void **state)
@@ -140,7 +140,7 @@ static void json_line(void **state)
 	const char *line = capture();
 	assert_memory_equal(line, "{\"time\":\"", 9);
 	assert_string_equal(line + 9 + 24, "\",\"level\":\"warn\",\"room\":\"mqtt\","
-					   "\"message\":\"say \\\"hi\\\"\\\\\\n\"}\n");
+	                                   "\"message\":\"say \\\"hi\\\"\\\\\\n\"}\n");
 }
 
 /* The one captured line is one JSON object with all members. */
