@@ -49,10 +49,10 @@ struct batch {
 };
 
 /*
- * Append a copy of `message`. Of a payload above `max_payload` bytes only the first BATCH_TRUNCATED_BYTES are kept,
+ * Append a copy of `received`. Of a payload above `max_payload` bytes only the first BATCH_TRUNCATED_BYTES are kept,
  * with the length and the SHA-256 of the whole. `received_at`: ms since 1970. Loop thread.
  */
-void batch_add(struct batch *batch, const struct mqtt_message *message, size_t max_payload, int64_t received_at);
+void batch_add(struct batch *batch, const struct mqtt_message *received, size_t max_payload, int64_t received_at);
 
 /* How many messages have this outcome. */
 size_t batch_count_outcome(const struct batch *batch, enum batch_outcome outcome);

@@ -806,8 +806,8 @@ static void probe_answered(uv_connect_t *request, int status)
 /* Its fair share of the time that is left: one dead address must not starve the others. */
 static uint64_t probe_share(const struct mqtt *mqtt)
 {
-	unsigned left = 0;
-	for (const struct addrinfo *address = mqtt->next_address; address != NULL; address = address->ai_next)
+	unsigned left = 1;
+	for (const struct addrinfo *address = mqtt->next_address->ai_next; address != NULL; address = address->ai_next)
 		left++;
 	uint64_t now = uv_now(mqtt->loop);
 	uint64_t time = mqtt->deadline > now ? mqtt->deadline - now : 1;

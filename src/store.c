@@ -41,7 +41,6 @@ struct chunk {
 	struct buffer bytes;
 	size_t *starts;   /* of the documents; starts[count] is the end */
 	size_t *messages; /* index in the batch */
-	bson_t *documents;
 	size_t count, capacity;
 };
 
@@ -222,7 +221,6 @@ static void chunk_finish(struct chunk *chunk)
 	buffer_finish(&chunk->bytes);
 	free(chunk->starts);
 	free(chunk->messages);
-	free(chunk->documents);
 }
 
 struct store_scratch *store_scratch_create(void)
@@ -246,8 +244,6 @@ static void chunk_reserve(struct chunk *chunk)
 	chunk->capacity = chunk->capacity ? chunk->capacity * 2 : 64;
 	chunk->starts = memory_resize(chunk->starts, chunk->capacity * sizeof *chunk->starts);
 	chunk->messages = memory_resize(chunk->messages, chunk->capacity * sizeof *chunk->messages);
-	free(chunk->documents);
-	chunk->documents = memory_aligned(_Alignof(bson_t), chunk->capacity * sizeof *chunk->documents);
 }
 
 /* The bytes appended since the last document are the one of `message`. */
@@ -418,26 +414,22 @@ static bool may_hide_one_document(const bson_error_t *error)
 	return error->domain == MONGOC_ERROR_SERVER && is_permanent((int)error->code);
 }
 
-static void insert_range(struct write *write, struct chunk *chunk, size_t first, size_t count)
+static void insert_range(struct write *write, struct chunk *chunk, const bson_t **documents, size_t first, size_t count)
 {
-	const bson_t **documents = memory_zeroed(count, sizeof(const bson_t *));
-	for (size_t i = 0; i < count; i++)
-		documents[i] = &chunk->documents[first + i];
 	mongoc_collection_t *collection = chunk == &write->scratch->dead ? write->dead : write->stored;
 	bson_t options, reply;
 	bson_error_t error = {0};
 	bson_init(&options);
 	BSON_APPEND_BOOL(&options, "ordered", false);
 	BSON_APPEND_BOOL(&options, "validate", false);
-	bool inserted = mongoc_collection_insert_many(collection, documents, count, &options, &reply, &error);
+	bool inserted = mongoc_collection_insert_many(collection, documents + first, count, &options, &reply, &error);
 	bson_destroy(&options);
-	free(documents);
 
 	if (is_complete(&reply, count)) {
 		settle_reply(write, chunk, first, count, &reply);
 	} else if (!inserted && may_hide_one_document(&error) && count > 1) {
-		insert_range(write, chunk, first, count / 2);
-		insert_range(write, chunk, first + count / 2, count - count / 2);
+		insert_range(write, chunk, documents, first, count / 2);
+		insert_range(write, chunk, documents, first + count / 2, count - count / 2);
 	} else if (!inserted && may_hide_one_document(&error)) {
 		refuse(write, chunk, first, DOCUMENT_REFUSED, error.message);
 	} else {
@@ -448,17 +440,27 @@ static void insert_range(struct write *write, struct chunk *chunk, size_t first,
 	bson_destroy(&reply);
 }
 
+static void insert_chunk(struct write *write, struct chunk *chunk)
+{
+	/* bson_t asks for more alignment than malloc() gives */
+	bson_t *documents = memory_aligned(_Alignof(bson_t), chunk->count * sizeof *documents);
+	const bson_t **pointers = memory_zeroed(chunk->count, sizeof(const bson_t *));
+	for (size_t i = 0; i < chunk->count; i++) {
+		size_t length = chunk->starts[i + 1] - chunk->starts[i];
+		if (!bson_init_static(&documents[i], chunk->bytes.data + chunk->starts[i], length))
+			abort(); /* we wrote it */
+		pointers[i] = &documents[i];
+	}
+	insert_range(write, chunk, pointers, 0, chunk->count);
+	free(pointers);
+	free(documents);
+}
+
 static void flush_chunk(struct write *write, struct chunk *chunk)
 {
-	if (chunk->count == 0)
-		return;
-	for (size_t i = 0; i < chunk->count; i++)
-		if (!bson_init_static(&chunk->documents[i], chunk->bytes.data + chunk->starts[i],
-		                      chunk->starts[i + 1] - chunk->starts[i]))
-			abort(); /* we wrote it */
 	/* After a failure that is not about documents the rest of the batch would only wait for the same time-out. */
-	if (write->report->class == STORE_OK)
-		insert_range(write, chunk, 0, chunk->count);
+	if (chunk->count > 0 && write->report->class == STORE_OK)
+		insert_chunk(write, chunk);
 	chunk_clear(chunk);
 }
 
