@@ -1,0 +1,52 @@
+"""What the documents say, held against the program."""
+
+import re
+import subprocess
+
+from processes import ROOT
+from service import BUILD
+
+README = (ROOT / "README.md").read_text()
+
+
+def output(*args):
+    return subprocess.run([BUILD / "src" / "mqtt2mongo", *args], check=True, capture_output=True, text=True, timeout=20).stdout
+
+
+def test_the_readme_has_the_table_of_settings():
+    """Generated: build/release/src/mqtt2mongo --markdown"""
+    assert output("--markdown").strip() in README
+
+
+def test_every_setting_named_in_the_documents_exists():
+    table = set(re.findall(r"^\| `([a-z_.]+)`", output("--markdown"), re.M))
+    sections = {key.split(".")[0] for key in table if "." in key}
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        named = set(re.findall(r"`([a-z_]+(?:\.[a-z_]+)+)`", path.read_text()))
+        unknown = {key for key in named if key.split(".")[0] in sections} - table
+        assert not {key for key in unknown if not key.endswith((".c", ".h", ".py", ".conf"))}, path
+
+
+def test_every_flag_of_the_readme_exists():
+    known = set(re.findall(r"--[a-z][a-z0-9-]+", output("--help")))
+    usage = README[README.index("## Using it"):README.index("## Configuration")]
+    lines = [line for line in usage.splitlines() if "mqtt2mongo -" in line]
+    assert lines
+    for line in lines:
+        assert set(re.findall(r"--[a-z][a-z0-9-]+", line)) <= known, line
+
+
+def test_every_file_named_in_the_documents_exists():
+    for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        text = path.read_text()
+        links = re.findall(r"\]\(([^)#:]+)\)", text)
+        named = re.findall(r"`((?:scripts|config|docs|bench|tests)/[\w./-]+)`", text)
+        for name in links + named:
+            assert (ROOT / name).exists() or (path.parent / name).exists(), f"{path.name}: {name}"
+
+
+def test_every_reason_of_a_dead_letter_is_documented():
+    reasons = set(re.findall(r'return "([a-z0-9_]+)";', (ROOT / "src" / "document.c").read_text()))
+    assert {"payload_too_large", "unique_index"} <= reasons
+    for reason in reasons:
+        assert f"`{reason}`" in README, reason
