@@ -18,6 +18,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
 enum {
 	CHUNK_BYTES = 8 * 1024 * 1024, /* far below the driver's 48 MB per wire message */
@@ -68,18 +70,20 @@ static bool one_of(int code, const int *codes)
 	return false;
 }
 
-/* Server error codes that no other attempt with the same document can change. */
-static bool is_permanent(int code)
+/* Server error codes that another attempt may not meet: the network, elections, shutdowns, time-outs, conflicts, full
+ * disks, snapshots. */
+static bool is_transient(int code)
 {
-	static const int codes[] = {2, 9, 14, 15, 22, 52, 53, 56, 57, 121, 10334, 17280, 17419, 17420, 0};
+	static const int codes[] = {6,   7,    24,    46,    50,    64,    89,    91,    100,   112, 189,
+	                            262, 9001, 10058, 10107, 11600, 11602, 13435, 13436, 14031, 0};
 	return one_of(code, codes);
 }
 
+/* Unauthorized, AuthenticationFailed, InvalidNamespace, UnknownReplWriteConcern, a view, a hosted service's login; for
+ * a command as a whole also BadValue and FailedToParse, which are about its write concern. */
 static bool is_configuration(uint32_t domain, int code)
 {
-	/* Unauthorized, AuthenticationFailed, UnknownReplWriteConcern, InvalidNamespace, view, and "retry needs a
-	 * replica set". */
-	static const int codes[] = {13, 18, 73, 79, 166, 8000, 0};
+	static const int codes[] = {2, 9, 13, 18, 73, 79, 166, 8000, 0};
 	return (domain == MONGOC_ERROR_CLIENT && code == MONGOC_ERROR_CLIENT_AUTHENTICATE) ||
 	       ((domain == MONGOC_ERROR_SERVER || domain == MONGOC_ERROR_WRITE_CONCERN) && one_of(code, codes));
 }
@@ -91,11 +95,29 @@ static const char *remedy(uint32_t domain, int code)
 		return "; check user name, password and authSource in mongodb.uri";
 	if (domain == MONGOC_ERROR_SERVER && code == 13)
 		return "; the user of mongodb.uri needs the role readWrite on mongodb.database";
+	if (domain == MONGOC_ERROR_WRITE_CONCERN ||
+	    (domain == MONGOC_ERROR_SERVER && (code == 2 || code == 9 || code == 79 || code == 100)))
+		return "; check mongodb.write_concern.w against the replica set and its members";
 	if (domain == MONGOC_ERROR_SERVER_SELECTION)
 		return "; is mongod running, and is mongodb.uri right?";
-	if (code == 79 || code == 100)
-		return "; check mongodb.write_concern.w against the replica set";
 	return "";
+}
+
+/* The same cause is to give the same text whichever call met it, so that the log can leave repetitions out. */
+static const char *describe(uint32_t domain, const char *what)
+{
+	if (domain == MONGOC_ERROR_SERVER_SELECTION || domain == MONGOC_ERROR_STREAM)
+		return "MongoDB does not answer";
+	if (domain == MONGOC_ERROR_CLIENT)
+		return "MongoDB does not let us in";
+	return what;
+}
+
+/* "not authorized on plant to execute command { insert: …, $clusterTime: … }": the command differs each time. */
+static int without_command(const char *message)
+{
+	const char *command = strstr(message, " to execute command {");
+	return command != NULL ? (int)(command - message) : (int)strlen(message);
 }
 
 static void report_error(struct store_report *report, const bson_error_t *error, const char *what)
@@ -105,7 +127,8 @@ static void report_error(struct store_report *report, const bson_error_t *error,
 	if (class < report->class)
 		return;
 	report->class = class;
-	snprintf(report->message, sizeof report->message, "%s: %s (%u)%s", what, error->message, (unsigned)error->code,
+	snprintf(report->message, sizeof report->message, "%s: %.*s (%u)%s", describe(error->domain, what),
+	         without_command(error->message), error->message, (unsigned)error->code,
 	         remedy(error->domain, (int)error->code));
 }
 
@@ -164,12 +187,22 @@ static void driver_log(mongoc_log_level_t level, const char *domain, const char 
 		log_debug("driver", "%s: %s", domain, message);
 }
 
+/* The driver keeps counters in shared memory under the process id. Unnamed, they are gone with the process, however
+ * that ends; a file left behind would make the next process of that id complain before our log exists. */
+static void unname_counters(void)
+{
+	char name[32];
+	snprintf(name, sizeof name, "/mongoc-%u", (unsigned)getpid());
+	shm_unlink(name);
+}
+
 struct store *store_create(const struct config *config)
 {
 	struct store *store = memory_zeroed(1, sizeof *store);
 	store->config = config;
+	mongoc_log_set_handler(driver_log, NULL); /* first: mongoc_init() may have something to say */
 	mongoc_init();
-	mongoc_log_set_handler(driver_log, NULL);
+	unname_counters();
 	store->uri = make_uri(config);
 	store->write_concern = make_write_concern(&config->mongodb, store->uri);
 	pthread_mutex_init(&store->lock, NULL);
@@ -207,10 +240,13 @@ static mongoc_client_t *borrow_client(struct store *store, struct store_report *
 		store->pool = make_pool(store, &error);
 	mongoc_client_pool_t *pool = store->pool;
 	pthread_mutex_unlock(&store->lock);
-	if (pool != NULL)
-		return mongoc_client_pool_pop(pool);
+	mongoc_client_t *client = pool != NULL ? mongoc_client_pool_pop(pool) : NULL;
+	if (client != NULL)
+		return client;
 	report->class = STORE_TRANSIENT;
-	snprintf(report->message, sizeof report->message, "cannot resolve the name in mongodb.uri: %s", error.message);
+	if (pool != NULL)
+		snprintf(error.message, sizeof error.message, "no free connection within its waitQueueTimeoutMS");
+	snprintf(report->message, sizeof report->message, "cannot use mongodb.uri: %s", error.message);
 	return NULL;
 }
 
@@ -369,14 +405,21 @@ static bool is_complete(const bson_t *reply, size_t count)
 	       array_length(reply, "writeConcernErrors") == 0 && !bson_has_field(reply, "writeConcernError");
 }
 
+/* An error listed with an index is about that document, unless it says otherwise: a validator, an index that cannot
+ * hold it, and whatever else a server may think of. A dead letter keeps every byte, while a document that is tried for
+ * ever would stop all others. */
+static bool is_about_document(int code)
+{
+	return code == 2 || code == 9 || (!is_transient(code) && !is_configuration(MONGOC_ERROR_SERVER, code));
+}
+
 static void settle_error(struct write *write, const struct chunk *chunk, size_t index, const struct write_error *error)
 {
 	if (error->code == 11000 && error->on_id) {
 		settle_inserted(write, chunk, index); /* our own earlier attempt: the _id was made by us */
-	} else if (error->code == 11000) {
-		refuse(write, chunk, index, DOCUMENT_UNIQUE_INDEX, error->message);
-	} else if (is_permanent(error->code)) {
-		refuse(write, chunk, index, DOCUMENT_REFUSED, error->message);
+	} else if (is_about_document(error->code)) {
+		refuse(write, chunk, index, error->code == 11000 ? DOCUMENT_UNIQUE_INDEX : DOCUMENT_REFUSED,
+		       error->message);
 	} else {
 		bson_error_t open = {.domain = MONGOC_ERROR_SERVER, .code = (uint32_t)error->code};
 		snprintf(open.message, sizeof open.message, "%s", error->message);
@@ -404,14 +447,55 @@ static void settle_reply(struct write *write, const struct chunk *chunk, size_t 
 	free(failed);
 }
 
-/* An error for the call as a whole that one document may have caused: find it by halves. */
+/* An error for the call as a whole that one document may have caused, by its size or its form: find it by halves. */
 static bool may_hide_one_document(const bson_error_t *error)
 {
+	static const int sizes[] = {10334, 17280, 17419, 17420, 0};
 	if (error->domain == MONGOC_ERROR_BSON)
 		return true;
 	if (error->domain == MONGOC_ERROR_COMMAND && error->code == MONGOC_ERROR_COMMAND_INVALID_ARG)
 		return true;
-	return error->domain == MONGOC_ERROR_SERVER && is_permanent((int)error->code);
+	return error->domain == MONGOC_ERROR_SERVER && one_of((int)error->code, sizes);
+}
+
+/* The first write concern error of a reply, if there is one: written, but not where the promise wants it. */
+static bool find_write_concern_error(const bson_t *reply, bson_error_t *error)
+{
+	bson_iter_t iter, entry, field;
+	if (!bson_iter_init_find(&iter, reply, "writeConcernErrors") || !bson_iter_recurse(&iter, &entry) ||
+	    !bson_iter_next(&entry) || !bson_iter_recurse(&entry, &field))
+		return false;
+	*error = (bson_error_t){.domain = MONGOC_ERROR_WRITE_CONCERN};
+	while (bson_iter_next(&field)) {
+		if (strcmp(bson_iter_key(&field), "code") == 0)
+			error->code = (uint32_t)bson_iter_as_int64(&field);
+		else if (strcmp(bson_iter_key(&field), "errmsg") == 0 && BSON_ITER_HOLDS_UTF8(&field))
+			snprintf(error->message, sizeof error->message, "%s", bson_iter_utf8(&field, NULL));
+	}
+	return true;
+}
+
+static void insert_range(struct write *write, struct chunk *chunk, const bson_t **documents, size_t first,
+                         size_t count);
+
+/* The call failed as a whole, or its write concern did: nothing of it is believed. */
+static void settle_failure(struct write *write, struct chunk *chunk, const bson_t **documents, size_t first,
+                           size_t count, const bson_t *reply, bson_error_t *error)
+{
+	if (find_write_concern_error(reply, error)) {
+		report_error(write->report, error, "cannot store in MongoDB as mongodb.write_concern.w wants it");
+	} else if (!may_hide_one_document(error)) {
+		if (error->domain == 0)
+			snprintf(error->message, sizeof error->message,
+			         "its answer does not account for every document");
+		report_error(write->report, error, "cannot store in MongoDB");
+	} else if (count == 1) {
+		refuse(write, chunk, first, DOCUMENT_REFUSED, error->message);
+	} else {
+		insert_range(write, chunk, documents, first, count / 2);
+		if (write->report->class == STORE_OK)
+			insert_range(write, chunk, documents, first + count / 2, count - count / 2);
+	}
 }
 
 static void insert_range(struct write *write, struct chunk *chunk, const bson_t **documents, size_t first, size_t count)
@@ -422,21 +506,12 @@ static void insert_range(struct write *write, struct chunk *chunk, const bson_t 
 	bson_init(&options);
 	BSON_APPEND_BOOL(&options, "ordered", false);
 	BSON_APPEND_BOOL(&options, "validate", false);
-	bool inserted = mongoc_collection_insert_many(collection, documents + first, count, &options, &reply, &error);
+	mongoc_collection_insert_many(collection, documents + first, count, &options, &reply, &error);
 	bson_destroy(&options);
-
-	if (is_complete(&reply, count)) {
+	if (is_complete(&reply, count))
 		settle_reply(write, chunk, first, count, &reply);
-	} else if (!inserted && may_hide_one_document(&error) && count > 1) {
-		insert_range(write, chunk, documents, first, count / 2);
-		insert_range(write, chunk, documents, first + count / 2, count - count / 2);
-	} else if (!inserted && may_hide_one_document(&error)) {
-		refuse(write, chunk, first, DOCUMENT_REFUSED, error.message);
-	} else {
-		if (inserted)
-			snprintf(error.message, sizeof error.message, "its answer does not account for every document");
-		report_error(write->report, &error, "cannot store in MongoDB");
-	}
+	else
+		settle_failure(write, chunk, documents, first, count, &reply, &error);
 	bson_destroy(&reply);
 }
 
@@ -562,16 +637,27 @@ static const char *text_field(const bson_t *document, const char *name, const ch
 	return otherwise;
 }
 
+static const char *describe_topology(const bson_t *hello)
+{
+	if (text_field(hello, "setName", NULL) != NULL)
+		return "replica set ";
+	if (strcmp(text_field(hello, "msg", ""), "isdbgrid") == 0)
+		return "sharded cluster";
+	return "standalone (a majority is one server: what its disk loses is lost)";
+}
+
 bool store_describe(struct store *store, char *text, size_t size, struct store_report *report)
 {
 	bson_t build, hello;
 	bool known = run_command(store, "buildInfo", &build, report);
 	if (known) {
 		known = run_command(store, "hello", &hello, report);
-		const char *set = text_field(&hello, "setName", NULL);
-		snprintf(text, size, "MongoDB %s, %s%s", text_field(&build, "version", "?"),
-		         set ? "replica set " : "standalone",
-		         set ? set : " (a majority is one server: what its disk loses is lost)");
+		if (!known) { /* before MongoDB 4.4.2 */
+			bson_destroy(&hello);
+			known = run_command(store, "isMaster", &hello, report);
+		}
+		snprintf(text, size, "MongoDB %s, %s%s", text_field(&build, "version", "?"), describe_topology(&hello),
+		         text_field(&hello, "setName", ""));
 		bson_destroy(&hello);
 	}
 	bson_destroy(&build);
