@@ -27,6 +27,7 @@
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <openssl/ssl.h>
+#include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
@@ -78,14 +79,15 @@ struct mqtt {
 	size_t queued;     /* packets of ours since the last flush */
 	bool duplicate;    /* the DUP flag of the message about to be handed over */
 	bool in_library;   /* a callback is above us on the stack: nothing may be destroyed */
-	bool in_burst;     /* read_burst() is above us on the stack */
+	bool in_burst;     /* handler->drained is above us on the stack */
+	bool phantom;      /* the library wants to write with nothing queued: TLS wanted to, once, while reading */
 
 	uv_timer_t timer; /* backoff, connect timeout, close timeout: one at a time */
 	uv_timer_t keepalive;
 	uint64_t deadline; /* of the connect attempt, loop time */
 	uint64_t up_at;
 	unsigned failures;
-	struct log_repeat complaint;
+	struct log_repeat complaint, foreign;
 	char doomed[REASON_TEXT];  /* why the attempt is to be given up as soon as that is possible */
 	char library[REASON_TEXT]; /* the library's last error line */
 	char refusal[REASON_TEXT]; /* what CONNACK or DISCONNECT said */
@@ -180,7 +182,8 @@ static const char *tls_remedy(const char *text)
 		return "certificate verify failed: the broker's certificate is not signed by mqtt.tls.ca, has expired, "
 		       "or is for "
 		       "another host name than mqtt.host";
-	if (strstr(text, "wrong version number") != NULL || strstr(text, "unexpected eof") != NULL)
+	if (strstr(text, "wrong version number") != NULL || strstr(text, "unexpected eof") != NULL ||
+	    strstr(text, "unexpected message") != NULL)
 		return "this port does not speak TLS; check mqtt.port and mqtt.tls.enabled";
 	return text;
 }
@@ -191,11 +194,15 @@ static void describe_loss(struct mqtt *mqtt, int result, int error, char *text, 
 		snprintf(text, size, "%s", mqtt->refusal);
 	else if (result == MOSQ_ERR_TLS || (error == EPROTO && mqtt->library[0] != 0))
 		snprintf(text, size, "TLS failed: %s", tls_remedy(mqtt->library));
+	else if (result == MOSQ_ERR_KEEPALIVE)
+		snprintf(text, size, "connection lost: the broker did not answer a ping within mqtt.keepalive");
 	else if (result == MOSQ_ERR_ERRNO && error != 0)
 		snprintf(text, size, "connection lost: %s", strerror(error));
-	else if (result == MOSQ_ERR_CONN_LOST && mqtt->state == HANDSHAKE)
+	else if ((result == MOSQ_ERR_CONN_LOST || result == MOSQ_ERR_ERRNO) && mqtt->state == HANDSHAKE)
 		snprintf(text, size, "the broker hung up before it answered; is this the port of an MQTT listener%s?",
 		         mqtt->config->tls.enabled ? "" : " without TLS");
+	else if (result == MOSQ_ERR_ERRNO)
+		snprintf(text, size, "connection lost: the broker hung up within a packet");
 	else
 		snprintf(text, size, "connection lost: %s", mosquitto_strerror(result));
 }
@@ -244,11 +251,16 @@ static void set_cork(struct mqtt *mqtt, int on)
 	setsockopt(mqtt->link->fd, IPPROTO_TCP, TCP_CORK, &on, sizeof on);
 }
 
+static bool unsent(const struct mqtt *mqtt)
+{
+	return mosquitto_want_write(mqtt->client) && !mqtt->phantom;
+}
+
 /* Send everything queued. Returns false when the connection ended over it. */
 static bool flush(struct mqtt *mqtt)
 {
 	bool many = mqtt->queued > 1;
-	if (mqtt->link == NULL || !gate_open(mqtt) || !mosquitto_want_write(mqtt->client))
+	if (mqtt->link == NULL || !gate_open(mqtt) || !unsent(mqtt))
 		return true;
 	mqtt->queued = 0;
 	if (many)
@@ -260,7 +272,10 @@ static bool flush(struct mqtt *mqtt)
 	mqtt->in_library = false;
 	if (many)
 		set_cork(mqtt, 0);
-	return !over(mqtt, result, error);
+	if (over(mqtt, result, error))
+		return false;
+	mqtt->phantom = mosquitto_want_write(mqtt->client) && error != EAGAIN;
+	return true;
 }
 
 void mqtt_flush(struct mqtt *mqtt)
@@ -278,11 +293,11 @@ void mqtt_durable(struct mqtt *mqtt, uint64_t generation, size_t count)
 	if (count > mqtt->held)
 		abort(); /* a message counted durable twice could cover for one that is not */
 	mqtt->held -= count;
-	if (mqtt->held != 0 || mqtt->in_burst) /* a burst flushes, and goes on, by itself */
+	if (mqtt->held != 0 || mqtt->in_burst || mqtt->in_library) /* who called us flushes, and goes on */
 		return;
 	if (!flush(mqtt))
 		return;
-	if (!mosquitto_want_write(mqtt->client))
+	if (!unsent(mqtt))
 		read_burst(mqtt); /* what came meanwhile; TLS may hold bytes no poll would report */
 	if (mqtt->link != NULL)
 		update_poll(mqtt);
@@ -290,20 +305,31 @@ void mqtt_durable(struct mqtt *mqtt, uint64_t generation, size_t count)
 
 /* ---- callbacks from inside the library ---- */
 
+/* The only public way to a message's DUP flag is the line the library logs before it hands the message over:
+ * "Client ID received PUBLISH (d0, q1, …". */
+static void note_publish(struct mqtt *mqtt, const char *text)
+{
+	static const char received[] = " received PUBLISH (d";
+	size_t skip = strlen("Client ") + strlen(mqtt->client_id), flags = skip + sizeof received - 1;
+	if (strlen(text) < flags + sizeof "0, q0" || memcmp(text + skip, received, sizeof received - 1) != 0)
+		return;
+	mqtt->duplicate = text[flags] == '1';
+	if (text[flags + strlen("0, q")] == '2' && is_consumer(mqtt))
+		log_repeat(&mqtt->foreign, LOG_LEVEL_WARN, "mqtt",
+		           "%s: the session holds messages of a QoS 2 subscription that another client has made under "
+		           "this client id; "
+		           "a crash now could lose them",
+		           mqtt->name);
+}
+
+/* Loop thread, or the worker of a connect job; then the loop leaves all of this alone. */
 static void on_log(struct mosquitto *client, void *context, int level, const char *text)
 {
-	/* The only public way to a message's DUP flag is the line the library logs before it hands the message over:
-	 * "Client ID received PUBLISH (d0, q1, …". A connect job may log from a worker; then nobody else looks. */
 	struct mqtt *mqtt = context;
-	if (level == MOSQ_LOG_DEBUG) {
-		size_t skip = strlen("Client ") + strlen(mqtt->client_id);
-		static const char received[] = " received PUBLISH (d";
-		if (strncmp(text, "Client ", 7) == 0 && strlen(text) > skip + sizeof received &&
-		    memcmp(text + skip, received, sizeof received - 1) == 0)
-			mqtt->duplicate = text[skip + sizeof received - 1] == '1';
-	} else if (level == MOSQ_LOG_ERR && strstr(mqtt->library, "host name") == NULL) {
+	if (level == MOSQ_LOG_DEBUG)
+		note_publish(mqtt, text);
+	else if (level == MOSQ_LOG_ERR && strstr(mqtt->library, "host name") == NULL)
 		snprintf(mqtt->library, sizeof mqtt->library, "%s", text);
-	}
 }
 
 static const char *refusal_remedy(int protocol, int reason)
@@ -417,11 +443,14 @@ static void on_message(struct mosquitto *client, void *context, const struct mos
 		                  "stopping rather than losing messages: use libmosquitto 2.0 or 2.1");
 		abort();
 	}
-	if (!is_consumer(mqtt) || mqtt->closing)
+	if (!is_consumer(mqtt))
 		return;
 	mqtt->held++;
 	mqtt->messages++;
 	mqtt->queued++; /* its PUBACK */
+	mqtt->phantom = false;
+	if (mqtt->closing)
+		return; /* held, so that the end sends nothing */
 	struct mqtt_message message = {
 	    .topic = received->topic,
 	    .topic_length = strlen(received->topic),
@@ -530,10 +559,10 @@ static int wanted_events(struct mqtt *mqtt)
 	SSL *tls = tls_of(mqtt);
 	if (tls != NULL && SSL_in_init(tls))
 		return UV_READABLE | (SSL_want_write(tls) ? UV_WRITABLE : 0);
-	bool unsent = gate_open(mqtt) && mosquitto_want_write(mqtt->client);
+	bool waiting = gate_open(mqtt) && unsent(mqtt);
 	if (!is_consumer(mqtt) || mqtt->state != UP)
-		return UV_READABLE | (unsent ? UV_WRITABLE : 0);
-	if (unsent)
+		return UV_READABLE | (waiting ? UV_WRITABLE : 0);
+	if (waiting)
 		return UV_DISCONNECT | UV_WRITABLE;
 	if (mqtt->held != 0 || !may_read(mqtt))
 		return UV_DISCONNECT;
@@ -567,13 +596,13 @@ static void on_poll(uv_poll_t *poll, int status, int events)
 		return;
 	}
 	if ((events & UV_DISCONNECT) && !(events & UV_READABLE)) {
-		fail(mqtt, "the broker hung up");
+		fail(mqtt,
+		     "the broker hung up; when it does so again and again, another client may use the same client id");
 		return;
 	}
 	if ((events & UV_WRITABLE) && !flush(mqtt))
 		return;
-	bool blocked =
-	    is_consumer(mqtt) && mqtt->state == UP && (mqtt->held != 0 || mosquitto_want_write(mqtt->client));
+	bool blocked = is_consumer(mqtt) && mqtt->state == UP && (mqtt->held != 0 || unsent(mqtt));
 	if ((events & (UV_READABLE | UV_WRITABLE) || status < 0) && !blocked)
 		read_burst(mqtt);
 	if (mqtt->link != link)
@@ -704,6 +733,9 @@ static void adopt_socket(struct mqtt *mqtt)
 		update_poll(mqtt);
 }
 
+/* The library sets OpenSSL up for itself without a lock, the first time a client connects over TLS. */
+static pthread_mutex_t tls_setup = PTHREAD_MUTEX_INITIALIZER;
+
 /* Worker thread. The loop leaves the client alone until connect_done(). */
 static void connect_work(uv_work_t *job)
 {
@@ -715,10 +747,14 @@ static void connect_work(uv_work_t *job)
 		                             (uint32_t)(config->session_expiry_ms / 1000));
 	/* TLS checks the certificate against the name it is given here. */
 	const char *host = config->tls.enabled ? config->host : mqtt->numeric;
+	if (config->tls.enabled)
+		pthread_mutex_lock(&tls_setup);
 	errno = 0;
 	mqtt->job_result = mosquitto_connect_bind_v5(mqtt->client, host, config->port,
 	                                             (int)(config->keepalive_ms / 1000), NULL, properties);
 	mqtt->job_errno = errno;
+	if (config->tls.enabled)
+		pthread_mutex_unlock(&tls_setup);
 	mosquitto_property_free_all(&properties);
 }
 
@@ -785,6 +821,12 @@ static void probe_failed(struct mqtt *mqtt, const char *why)
 	fail(mqtt, text);
 }
 
+static uint64_t time_left(const struct mqtt *mqtt)
+{
+	uint64_t now = uv_now(mqtt->loop);
+	return mqtt->deadline > now ? mqtt->deadline - now : 1;
+}
+
 static void probe_answered(uv_connect_t *request, int status)
 {
 	struct probe *probe = container_of(request, struct probe, request);
@@ -796,7 +838,7 @@ static void probe_answered(uv_connect_t *request, int status)
 		return;
 	}
 	drop_probe(mqtt);
-	uv_timer_start(&mqtt->timer, connect_timed_out, mqtt->deadline - uv_now(mqtt->loop), 0);
+	uv_timer_start(&mqtt->timer, connect_timed_out, time_left(mqtt), 0);
 	getnameinfo(mqtt->next_address->ai_addr, mqtt->next_address->ai_addrlen, mqtt->numeric, sizeof mqtt->numeric,
 	            NULL, 0, NI_NUMERICHOST);
 	forget_addresses(mqtt);
@@ -809,9 +851,7 @@ static uint64_t probe_share(const struct mqtt *mqtt)
 	unsigned left = 1;
 	for (const struct addrinfo *address = mqtt->next_address->ai_next; address != NULL; address = address->ai_next)
 		left++;
-	uint64_t now = uv_now(mqtt->loop);
-	uint64_t time = mqtt->deadline > now ? mqtt->deadline - now : 1;
-	return time / left + 1;
+	return time_left(mqtt) / left + 1;
 }
 
 static void probe_next(struct mqtt *mqtt)
@@ -949,6 +989,7 @@ bool mqtt_publish(struct mqtt *mqtt, const char *topic, const void *payload, siz
 	if (mqtt->state != UP || mqtt->closing)
 		return false;
 	mqtt->queued++;
+	mqtt->phantom = false;
 	int result = mosquitto_publish_v5(mqtt->client, NULL, topic, (int)length, payload, qos, false, NULL);
 	if (result != MOSQ_ERR_SUCCESS)
 		log_repeat(&mqtt->complaint, LOG_LEVEL_WARN, "mqtt", "%s: cannot publish to %s: %s", mqtt->name, topic,
@@ -973,8 +1014,8 @@ const char *mqtt_address(const struct mqtt *mqtt)
 
 void mqtt_give_up(struct mqtt *mqtt, const char *why)
 {
-	if (mqtt->in_library || mqtt->state == RESOLVING || mqtt->state == CONNECTING)
-		doom(mqtt, why); /* as soon as the library, or the job, has returned */
+	if (mqtt->in_library)
+		doom(mqtt, why); /* as soon as the library has returned */
 	else if (mqtt->state == HANDSHAKE || mqtt->state == UP)
 		fail(mqtt, why);
 }
