@@ -47,7 +47,7 @@ void batch_add(struct batch *batch, const struct mqtt_message *received, size_t 
 	struct batch_message *message = append_message(batch);
 	size_t kept = received->payload_length;
 	if (received->payload_length > max_payload) {
-		message->truncated = true;
+		message->oversized = true;
 		message->digest = keep_digest(&batch->arena, received->payload, received->payload_length);
 		if (kept > BATCH_TRUNCATED_BYTES)
 			kept = BATCH_TRUNCATED_BYTES;

@@ -22,14 +22,13 @@ enum {
 enum batch_outcome {
 	BATCH_OPEN, /* not durable yet */
 	BATCH_STORED,
-	BATCH_DUPLICATE,
 	BATCH_DEAD_LETTERED,
 };
 
 struct batch_message {
 	size_t topic;   /* offset in the arena; NUL-terminated */
 	size_t payload; /* offset in the arena; NUL-terminated beyond its length */
-	size_t digest;  /* offset in the arena, when truncated */
+	size_t digest;  /* offset in the arena, when oversized */
 	uint32_t topic_length;
 	uint32_t payload_length; /* bytes kept */
 	uint32_t full_length;    /* bytes received */
@@ -37,7 +36,7 @@ struct batch_message {
 	int64_t received_at;     /* wall clock, ms since 1970 */
 	uint8_t qos;
 	bool retain, dup;
-	bool truncated;
+	bool oversized;  /* above consumer.max_payload */
 	uint8_t outcome; /* enum batch_outcome; set by the worker */
 	uint8_t reason;  /* enum document_reason, when dead-lettered; set by the worker */
 };
@@ -62,6 +61,12 @@ void batch_reset(struct batch *batch);
 
 /* Free everything; the struct is zeroed. */
 void batch_finish(struct batch *batch);
+
+/* Not all of the payload is kept. */
+static inline bool batch_is_cut(const struct batch_message *message)
+{
+	return message->payload_length < message->full_length;
+}
 
 static inline const char *batch_topic(const struct batch *batch, const struct batch_message *message)
 {

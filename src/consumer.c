@@ -30,8 +30,9 @@ enum {
 	RETRY_FIRST_MS = 100,
 	RETRY_MOST_MS = 2000,
 	PROBE_MOST_MS = 5000,
+	HANDBACK_MOST_MS = 300000, /* each round handed back may leave its documents behind, to be stored again */
 	HOLD_MARGIN_MS = 2000,
-	HOLD_LEAST_MS = 500,
+	KEEPALIVE_DEFAULT_MS = 60000,
 };
 
 enum { BATCHES_PER_ROUND = 4 };
@@ -82,10 +83,12 @@ struct consumer {
 	uv_work_t probe;
 	struct store_report probe_report;
 	bool probe_runs;     /* in a worker */
+	unsigned handbacks;  /* in a row, without a batch stored in between */
 	bool wait_for_store; /* messages were handed back: no new connection before MongoDB answers */
 
 	uv_work_t save;
-	bool saving;
+	bool saving, save_failed;
+	bool recorded; /* the state file names the filter: only then may it be subscribed */
 	uv_work_t disconnect;
 
 	struct log_repeat complaint, refusal;
@@ -97,6 +100,7 @@ struct consumer {
 
 static void advance(struct consumer *consumer);
 static void start_probe(struct consumer *consumer);
+static void retry_due(uv_timer_t *timer);
 static void close_when_idle(struct consumer *consumer);
 
 /* ---- counting ---- */
@@ -118,12 +122,9 @@ static void count_batch(struct consumer *consumer, const struct batch *batch)
 		case BATCH_STORED:
 			counters->stored++;
 			break;
-		case BATCH_DUPLICATE:
-			counters->duplicates++;
-			break;
 		case BATCH_DEAD_LETTERED:
 			counters->dead_lettered[message->reason]++;
-			counters->truncated += message->truncated;
+			counters->truncated += batch_is_cut(message);
 			break;
 		case BATCH_OPEN:
 			count_open(consumer, message);
@@ -185,35 +186,6 @@ static void round_over(struct consumer *consumer)
 	consumer->expired = false;
 }
 
-/* Read, or connect, or stop, now that no round is under way. */
-static void go_on(struct consumer *consumer)
-{
-	if (consumer->stopping)
-		close_when_idle(consumer);
-	else if (consumer->wait_for_store)
-		start_probe(consumer);
-	else if (!mqtt_is_up(consumer->mqtt))
-		mqtt_connect(consumer->mqtt);
-}
-
-/* Give up what is still open, and with it the connection: its PUBACKs can never be sent. No worker may be busy. */
-static void hand_back(struct consumer *consumer)
-{
-	size_t count = 0;
-	for (size_t i = 0; i < sizeof consumer->slots / sizeof *consumer->slots; i++)
-		if (consumer->slots[i].phase != FREE)
-			count += empty_slot(consumer, &consumer->slots[i]);
-	consumer->filling = NULL;
-	consumer->wait_for_store = true;
-	round_over(consumer);
-	log_warn("consumer", "%zu messages handed back to the broker unacknowledged; it delivers them again", count);
-	if (mqtt_is_up(consumer->mqtt) && mqtt_generation(consumer->mqtt) == consumer->generation)
-		mqtt_give_up(consumer->mqtt, "given up unacknowledged, for MongoDB does not take the messages");
-	go_on(consumer);
-}
-
-/* ---- storing ---- */
-
 static uint64_t retry_delay(unsigned attempts, uint64_t most)
 {
 	uint64_t delay = RETRY_FIRST_MS;
@@ -221,6 +193,39 @@ static uint64_t retry_delay(unsigned attempts, uint64_t most)
 		delay *= 2;
 	return delay < most ? delay : most;
 }
+
+/* Read, or connect, or stop, now that no round is under way. */
+static void go_on(struct consumer *consumer)
+{
+	if (consumer->stopping)
+		close_when_idle(consumer);
+	else if (consumer->wait_for_store && consumer->handbacks > 1)
+		uv_timer_start(&consumer->retry, retry_due, retry_delay(consumer->handbacks + 3, HANDBACK_MOST_MS), 0);
+	else if (consumer->wait_for_store)
+		start_probe(consumer);
+	else if (consumer->recorded && !mqtt_is_up(consumer->mqtt))
+		mqtt_connect(consumer->mqtt);
+}
+
+/* Give up what is still open, and with it the connection: its PUBACKs can never be sent. No worker may be busy. */
+static void hand_back(struct consumer *consumer)
+{
+	uint64_t before = metrics_total(consumer->counters->returned, METRICS_CAUSES);
+	for (size_t i = 0; i < sizeof consumer->slots / sizeof *consumer->slots; i++)
+		if (consumer->slots[i].phase != FREE)
+			empty_slot(consumer, &consumer->slots[i]);
+	consumer->filling = NULL;
+	consumer->wait_for_store = true;
+	consumer->handbacks++;
+	round_over(consumer);
+	log_warn("consumer", "%llu messages handed back to the broker unacknowledged; it delivers them again",
+	         (unsigned long long)(metrics_total(consumer->counters->returned, METRICS_CAUSES) - before));
+	if (mqtt_is_up(consumer->mqtt) && mqtt_generation(consumer->mqtt) == consumer->generation)
+		mqtt_give_up(consumer->mqtt, "given up unacknowledged, for MongoDB does not take the messages");
+	go_on(consumer);
+}
+
+/* ---- storing ---- */
 
 static void retry_due(uv_timer_t *timer)
 {
@@ -249,6 +254,7 @@ static void store_done(uv_work_t *job, int status)
 	consumer->counters->batches++;
 	if (worker->report.open == 0) {
 		size_t count = empty_slot(consumer, slot);
+		consumer->handbacks = 0;
 		say_recovered(consumer);
 		if (consumer->pending == 0)
 			round_over(consumer);
@@ -299,11 +305,9 @@ static void hold_expired(uv_timer_t *timer)
 	struct consumer *consumer = container_of(timer, struct consumer, hold);
 	consumer->expired = true;
 	consumer->cause = METRICS_HOLD_LIMIT;
-	log_repeat(&consumer->complaint, LOG_LEVEL_WARN, "consumer",
-	           "MongoDB has not taken %zu messages for %llu ms; the connection is given up until it answers",
-	           consumer->pending, (unsigned long long)consumer->hold_ms);
 	if (mqtt_is_up(consumer->mqtt) && mqtt_generation(consumer->mqtt) == consumer->generation)
-		mqtt_give_up(consumer->mqtt, "given up unacknowledged past the hold limit");
+		mqtt_give_up(consumer->mqtt,
+		             "given up unacknowledged: MongoDB has not taken the messages within the hold limit");
 	advance(consumer);
 }
 
@@ -328,12 +332,13 @@ static void probe_done(uv_work_t *job, int status)
 			uv_timer_start(&consumer->retry, retry_due, retry_delay(++consumer->attempts, PROBE_MOST_MS),
 			               0);
 	} else {
-		if (consumer->pending == 0) {
-			say_recovered(consumer);
-			consumer->attempts = 0;
-		}
 		consumer->wait_for_store = false;
-		mqtt_connect(consumer->mqtt);
+		if (consumer->pending > 0)
+			return;               /* the round goes on by itself, and connects when it is over */
+		if (consumer->handbacks <= 1) /* else a ping proves little: it is writing that fails */
+			say_recovered(consumer);
+		consumer->attempts = 0;
+		go_on(consumer);
 	}
 }
 
@@ -347,11 +352,19 @@ static void start_probe(struct consumer *consumer)
 
 /* ---- what the connection says ---- */
 
+/* The broker hangs up after 1.5 keepalives of silence, of which one may have passed when the gate closes (MQTT 5
+ * §3.1.2.10). A keepalive of 0 means none: then what our own default gives. */
+static uint64_t hold_limit(int keepalive_s)
+{
+	int64_t keepalive = keepalive_s > 0 ? (int64_t)keepalive_s * 1000 : KEEPALIVE_DEFAULT_MS;
+	int64_t hold = keepalive / 2 - HOLD_MARGIN_MS;
+	return (uint64_t)(hold > keepalive / 4 ? hold : keepalive / 4);
+}
+
 static void on_up(void *owner, const struct mqtt_granted *granted)
 {
 	struct consumer *consumer = owner;
-	int64_t hold = (int64_t)granted->keepalive_s * 1000 / 2 - HOLD_MARGIN_MS;
-	consumer->hold_ms = (uint64_t)(hold > HOLD_LEAST_MS ? hold : HOLD_LEAST_MS);
+	consumer->hold_ms = hold_limit(granted->keepalive_s);
 	if (granted->session_expiry_s == 0)
 		log_warn("consumer", "the broker keeps no session for us: what is published while we are away is lost");
 	/* Always, also into a session that is there: the broker may have lost its subscriptions. */
@@ -395,7 +408,6 @@ static int64_t wall_clock_ms(void)
 static void begin_round(struct consumer *consumer)
 {
 	consumer->generation = mqtt_generation(consumer->mqtt);
-	consumer->cause = METRICS_CONNECTION_LOST;
 	uv_timer_stop(&consumer->retry); /* a probe's: the round finds out by itself */
 	uv_timer_start(&consumer->hold, hold_expired, consumer->hold_ms, 0);
 }
@@ -406,6 +418,8 @@ static void on_message(void *owner, const struct mqtt_message *message)
 	const struct config_consumer *config = &consumer->config->consumer;
 	if (consumer->pending == 0)
 		begin_round(consumer);
+	if (consumer->generation != mqtt_generation(consumer->mqtt))
+		abort(); /* a round belongs to one connection, or the gate of the other would stay closed for ever */
 	if (consumer->filling == NULL) {
 		consumer->filling = slot_in_phase(consumer, FREE);
 		consumer->filling->phase = FILLING;
@@ -416,8 +430,10 @@ static void on_message(void *owner, const struct mqtt_message *message)
 	consumer->pending_bytes += message->topic_length + message->payload_length;
 	consumer->counters->received++;
 	consumer->counters->redelivered += message->dup;
-	if (batch->count * BATCHES_PER_ROUND >= (size_t)config->batch_count ||
-	    batch->arena.length * BATCHES_PER_ROUND >= (size_t)config->batch_bytes)
+	bool full = batch->count * BATCHES_PER_ROUND >= (size_t)config->batch_count ||
+	            batch->arena.length * BATCHES_PER_ROUND >= (size_t)config->batch_bytes;
+	/* The library may hand over more than there is room for, up to a TLS record: the last slot takes it all. */
+	if (full && slot_in_phase(consumer, FREE) != NULL)
 		close_batch(consumer);
 }
 
@@ -458,16 +474,29 @@ static void save_work(uv_work_t *job)
 {
 	struct consumer *consumer = container_of(job, struct consumer, save);
 	char error[256];
-	if (!state_save(consumer->state, error, sizeof error))
-		log_warn("state", "%s", error);
+	consumer->save_failed = !state_save(consumer->state, error, sizeof error);
+	if (consumer->save_failed)
+		log_error("state", "%s", error);
 }
 
 static void save_done(uv_work_t *job, int status)
 {
 	struct consumer *consumer = container_of(job, struct consumer, save);
 	consumer->saving = false;
+	if (!consumer->save_failed)
+		consumer->recorded = true;
 	if (consumer->stopping)
 		close_when_idle(consumer);
+	else if (!consumer->recorded)
+		consumer->handler.failed(consumer->owner);
+	else if (consumer->pending == 0)
+		go_on(consumer); /* connects, the first time */
+}
+
+static void save_state(struct consumer *consumer)
+{
+	consumer->saving = true;
+	uv_queue_work(consumer->loop, &consumer->save, save_work, save_done);
 }
 
 /* A filter the session may hold that is no longer configured, or NULL. */
@@ -488,10 +517,8 @@ static void on_unsubscribed(void *owner)
 	if (filter == NULL)
 		return;
 	state_remove_filter(consumer->state, consumer->client_id, filter);
-	if (stale_filter(consumer) != NULL)
-		return;
-	consumer->saving = true;
-	uv_queue_work(consumer->loop, &consumer->save, save_work, save_done);
+	if (stale_filter(consumer) == NULL)
+		save_state(consumer);
 }
 
 /* ---- public ---- */
@@ -528,16 +555,8 @@ static void free_consumer(struct consumer *consumer)
 }
 
 struct consumer *consumer_start(uv_loop_t *loop, const struct config *config, struct state *state,
-                                struct metrics_consumer *counters, const struct consumer_handler *handler, void *owner,
-                                char *error, size_t error_size)
+                                struct metrics_consumer *counters, const struct consumer_handler *handler, void *owner)
 {
-	char *client_id = memory_format("%s-1", state_client_id(state, config->mqtt.client_id));
-	state_add_filter(state, client_id, config->consumer.topic);
-	if (!state_save(state, error,
-	                error_size)) { /* before SUBSCRIBE: a filter nobody remembers could never be removed */
-		free(client_id);
-		return NULL;
-	}
 	struct consumer *consumer = memory_zeroed(1, sizeof *consumer);
 	consumer->loop = loop;
 	consumer->config = config;
@@ -545,20 +564,22 @@ struct consumer *consumer_start(uv_loop_t *loop, const struct config *config, st
 	consumer->counters = counters;
 	consumer->handler = *handler;
 	consumer->owner = owner;
-	consumer->client_id = client_id;
-	consumer->hold_ms = HOLD_LEAST_MS;
+	consumer->client_id = memory_format("%s-1", state_client_id(state, config->mqtt.client_id));
+	consumer->hold_ms = hold_limit(0);
 	consumer->store = store_create(config);
 	create_workers(consumer);
 	uv_timer_init(loop, &consumer->hold);
 	uv_timer_init(loop, &consumer->retry);
 	consumer->handles = 2;
-	struct mqtt_options options = {.config = &config->mqtt, .client_id = client_id, .name = "consumer"};
+	struct mqtt_options options = {.config = &config->mqtt, .client_id = consumer->client_id, .name = "consumer"};
 	consumer->mqtt = mqtt_create(loop, &options, &mqtt_handler, consumer);
 	char promise[128];
 	store_write_concern_text(consumer->store, promise, sizeof promise);
 	log_info("consumer", "a message is acknowledged once MongoDB has it with %s", promise);
-	mqtt_connect(
-	    consumer->mqtt); /* also with MongoDB away: the session has to exist for the broker to keep anything */
+	/* Before SUBSCRIBE: a filter nobody remembers could never be removed. Then go_on() connects, also with MongoDB
+	 * away, for the session has to exist for the broker to keep anything. */
+	state_add_filter(state, consumer->client_id, config->consumer.topic);
+	save_state(consumer);
 	start_probe(consumer);
 	return consumer;
 }

@@ -22,13 +22,13 @@ struct consumer;
 struct consumer_handler {
 	/* The broker has taken the subscription: from now on nothing that is published escapes. Each time. */
 	void (*subscribed)(void *owner);
+	/* It cannot go on, and the log says why: the state directory cannot be written. */
+	void (*failed)(void *owner);
 };
 
-/* Start consuming. `config`, `state` and `counters` are borrowed until `stopped`. NULL with `error` filled when the
- * session cannot be recorded in the state directory. */
+/* Start consuming. `config`, `state` and `counters` are borrowed until `stopped`. */
 struct consumer *consumer_start(uv_loop_t *loop, const struct config *config, struct state *state,
-                                struct metrics_consumer *counters, const struct consumer_handler *handler, void *owner,
-                                char *error, size_t error_size);
+                                struct metrics_consumer *counters, const struct consumer_handler *handler, void *owner);
 
 /* Read no more, store and acknowledge what is in flight, disconnect. `stopped` is called when everything is closed, and
  * then the memory is gone. */

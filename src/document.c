@@ -187,7 +187,7 @@ bool document_build(const struct batch *batch, const struct batch_message *messa
                     struct document_fault *fault)
 {
 	const char *topic = batch_topic(batch, message);
-	if (message->truncated)
+	if (message->oversized)
 		return refuse(fault, DOCUMENT_PAYLOAD_SIZE, "payload above consumer.max_payload", 0);
 	if (!is_utf8(topic, message->topic_length))
 		return refuse(fault, DOCUMENT_TOPIC_UTF8, "topic is not UTF-8", 0);
@@ -227,7 +227,7 @@ void document_dead_letter(const struct batch *batch, const struct batch_message 
 
 	put_delivery(out, message);
 	put_escaped_element(out, "route", route, strlen(route), strlen(route));
-	if (message->truncated) {
+	if (batch_is_cut(message)) {
 		put_bool_element(out, "truncated", true);
 		put_int64_element(out, "length", message->full_length);
 		put_binary_element(out, "sha256", batch->arena.data + message->digest, BATCH_DIGEST_BYTES);

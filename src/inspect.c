@@ -21,6 +21,7 @@ struct inspection {
 	struct mqtt *mqtt;
 	bool closing;
 	bool dry_run;
+	bool interrupted;
 	int exit_code;
 	uv_signal_t interrupt, terminate;
 	struct batch batch;
@@ -51,7 +52,9 @@ static void end(struct inspection *inspection, int exit_code)
 
 static void on_signal(uv_signal_t *handle, int number)
 {
-	end(handle->data, 0);
+	struct inspection *inspection = handle->data;
+	inspection->interrupted = true;
+	end(inspection, inspection->dry_run ? 0 : 1); /* a check cut short has shown nothing */
 }
 
 static void on_up(void *owner, const struct mqtt_granted *granted)
@@ -205,6 +208,8 @@ int inspect_check(const struct config *config)
 	printf("config    ok%s%s\n", config->file != NULL ? ": " : "", config->file != NULL ? config->file : "");
 	struct inspection inspection = {.config = config};
 	int broker = inspect_broker(&inspection, &check_handler);
+	if (inspection.interrupted)
+		return 1;
 	if (broker != 0)
 		printf("broker    failed: see above\n");
 	if (config->role & CONFIG_ROLE_PUBLISHER)

@@ -8,7 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-static const char *const cause_names[METRICS_CAUSES] = {"hold_limit", "connection_lost", "shutdown"};
+static const char *const cause_names[METRICS_CAUSES] = {"hold_limit", "shutdown"};
 
 uint64_t metrics_total(const uint64_t *counters, int count)
 {

@@ -13,9 +13,8 @@
 
 /* Why a message was handed back to the broker unacknowledged, or dropped because its sender sent it at QoS 0. */
 enum metrics_cause {
-	METRICS_HOLD_LIMIT,      /* MongoDB was away longer than the connection could be held */
-	METRICS_CONNECTION_LOST, /* the broker went away before it was stored */
-	METRICS_SHUTDOWN,        /* the service stopped before it was stored */
+	METRICS_HOLD_LIMIT, /* MongoDB was away longer than the connection could be held */
+	METRICS_SHUTDOWN,   /* the service stopped before it was stored */
 	METRICS_CAUSES
 };
 

@@ -11,10 +11,11 @@
 #include <stdlib.h>
 
 enum {
-	UNACKNOWLEDGED_MOST = 4096, /* QoS 1 and 2; the library holds them in memory */
-	BURST_MOST = 1000,          /* messages in one turn of the loop */
+	UNACKNOWLEDGED_MOST = 1000, /* QoS 1 and 2; the library goes through all of them for each message */
+	BURST_MOST = 200,           /* messages in one turn of the loop */
 	LATE_MOST_MS = 1000,
 	TICK_MOST_MS = 1000,
+	BLOCKED_MS = 20,     /* between two looks whether the broker takes messages again */
 	TOPIC_BYTES = 65536, /* MQTT 5 §1.5.4 */
 };
 
@@ -32,7 +33,8 @@ struct publisher {
 	uint64_t scheduled;  /* messages whose turn has come: generated or skipped, in this run of the schedule */
 	uint64_t generated;  /* in this life of the publisher: towards publisher.count */
 	uint64_t settled;    /* of those: acknowledged or failed */
-	bool go, done, late, alone_said;
+	bool go, done, late;
+	bool alone_said, refused_said; /* once; the sums count the rest */
 	bool stopping, closing;
 	void (*stopped)(void *owner);
 };
@@ -133,6 +135,8 @@ static void schedule(struct publisher *publisher)
 	double at = (double)publisher->scheduled / rate;
 	double now = (double)(uv_hrtime() - publisher->started_at) / 1e9;
 	double wait = ceil((at - now) * 1000);
+	if (wait < BLOCKED_MS && !may_publish(publisher))
+		wait = BLOCKED_MS;
 	uv_update_time(publisher->loop);
 	uv_timer_start(&publisher->timer, tick, wait < 1 ? 1 : wait > TICK_MOST_MS ? TICK_MOST_MS : (uint64_t)wait, 0);
 }
@@ -184,6 +188,11 @@ static void on_published(void *owner, int reason)
 	publisher->settled++;
 	if (reason >= 0x80) {
 		publisher->counters->failed++;
+		if (!publisher->refused_said)
+			log_error("publisher",
+			          "the broker refuses messages to %s (reason 0x%02x); check its access rules",
+			          publisher->topic, (unsigned)reason);
+		publisher->refused_said = true;
 	} else {
 		publisher->counters->acked++;
 	}

@@ -19,15 +19,9 @@ enum {
 	STATUS_MS = 1000,
 	DRAIN_CHECK_MS = 100, /* after the publisher's last message: has the consumer got it? */
 	DRAIN_MOST_MS = 10000,
-	UNSTOPPABLE_MS = 1000, /* a worker that hangs in the resolver or the driver gets this long on top */
+	UNSTOPPABLE_MS = 1500, /* a worker that hangs in the resolver or the driver gets this long on top */
 	EXTRA_THREADS = 4,     /* for name resolution, connects and files, beside the storing workers */
 	SIGNALS = 4,
-};
-
-struct part {
-	bool running, stopping;
-	void (*stopped)(void *context);
-	void *context;
 };
 
 struct service {
@@ -37,11 +31,13 @@ struct service {
 
 	struct consumer *consumer;
 	struct publisher *publisher;
-	struct part consumer_part, publisher_part;
+	enum config_role to_stop;             /* parts that are to stop, or stopping */
+	void (*parts_stopped)(void *context); /* when none of those runs any more, or NULL */
+	void *parts_context;
 	bool subscribed; /* the consumer has been, since it was started */
 	struct metrics_consumer consumer_counters;
 	struct metrics_publisher publisher_counters;
-	bool consumer_ran, publisher_ran;
+	bool consumer_ran, publisher_ran, consumer_stopping, publisher_stopping;
 
 	uv_signal_t signals[SIGNALS];
 	uv_timer_t shutdown, status, drain;
@@ -121,32 +117,62 @@ static bool wants_status(const struct service *service)
 
 /* ---- the parts ---- */
 
-static void part_stopped(struct service *service, struct part *part)
+static void consumer_stopped(void *owner);
+static void publisher_stopped(void *owner);
+
+static void stop_consumer(struct service *service)
 {
-	struct part ended = *part;
-	*part = (struct part){0};
-	if (ended.stopped != NULL)
-		ended.stopped(ended.context);
-	finish_when_stopped(service);
+	if (service->consumer == NULL || service->consumer_stopping)
+		return;
+	service->consumer_stopping = true;
+	consumer_stop(service->consumer, consumer_stopped);
+}
+
+/* The publisher goes first: the consumer may have to store its last messages. */
+static void stop_next(struct service *service)
+{
+	if ((service->to_stop & CONFIG_ROLE_PUBLISHER) && service->publisher != NULL) {
+		if (!service->publisher_stopping)
+			publisher_stop(service->publisher, publisher_stopped);
+		service->publisher_stopping = true;
+	} else if ((service->to_stop & CONFIG_ROLE_CONSUMER) && service->consumer != NULL) {
+		stop_consumer(service);
+	} else {
+		void (*stopped)(void *) = service->parts_stopped;
+		service->to_stop = CONFIG_ROLE_NONE;
+		service->parts_stopped = NULL;
+		if (stopped != NULL)
+			stopped(service->parts_context);
+		finish_when_stopped(service);
+	}
 }
 
 static void consumer_stopped(void *owner)
 {
 	struct service *service = owner;
 	service->consumer = NULL;
+	service->consumer_stopping = false;
 	service->subscribed = false;
 	state_unlock(service->state, "consumer");
 	log_info("service", "consumer stopped");
-	part_stopped(service, &service->consumer_part);
+	stop_next(service);
 }
 
 static void publisher_stopped(void *owner)
 {
 	struct service *service = owner;
 	service->publisher = NULL;
+	service->publisher_stopping = false;
 	state_unlock(service->state, "publisher");
 	log_info("service", "publisher stopped");
-	part_stopped(service, &service->publisher_part);
+	stop_next(service);
+}
+
+static void consumer_failed(void *owner)
+{
+	struct service *service = owner;
+	service->exit_code = 1;
+	service_stop(service);
 }
 
 static void consumer_subscribed(void *owner)
@@ -155,22 +181,6 @@ static void consumer_subscribed(void *owner)
 	service->subscribed = true;
 	if (service->publisher != NULL)
 		publisher_go(service->publisher);
-}
-
-static void stop_consumer(struct service *service)
-{
-	if (service->consumer == NULL || service->consumer_part.stopping)
-		return;
-	service->consumer_part.stopping = true;
-	consumer_stop(service->consumer, consumer_stopped);
-}
-
-static void stop_publisher(struct service *service)
-{
-	if (service->publisher == NULL || service->publisher_part.stopping)
-		return;
-	service->publisher_part.stopping = true;
-	publisher_stop(service->publisher, publisher_stopped);
 }
 
 static void check_drained(uv_timer_t *timer)
@@ -203,18 +213,14 @@ static void publisher_done(void *owner)
 
 static bool start_consumer(struct service *service, char *error, size_t error_size)
 {
-	static const struct consumer_handler handler = {.subscribed = consumer_subscribed};
+	static const struct consumer_handler handler = {.subscribed = consumer_subscribed, .failed = consumer_failed};
 	if (service->consumer != NULL)
 		return true;
 	if (!state_lock(service->state, "consumer", error, error_size))
 		return false;
 	service->consumer = consumer_start(&service->loop, service->config, service->state, &service->consumer_counters,
-	                                   &handler, service, error, error_size);
-	if (service->consumer == NULL) {
-		state_unlock(service->state, "consumer");
-		return false;
-	}
-	service->consumer_part.running = service->consumer_ran = true;
+	                                   &handler, service);
+	service->consumer_ran = true;
 	return true;
 }
 
@@ -227,7 +233,7 @@ static bool start_publisher(struct service *service, char *error, size_t error_s
 		return false;
 	service->publisher = publisher_start(&service->loop, service->config, service->state,
 	                                     &service->publisher_counters, &handler, service);
-	service->publisher_part.running = service->publisher_ran = true;
+	service->publisher_ran = true;
 	/* The broker discards what nobody is subscribed to. */
 	if (service->consumer == NULL || service->subscribed)
 		publisher_go(service->publisher);
@@ -238,23 +244,15 @@ bool service_start_role(struct service *service, enum config_role role, char *er
 {
 	if ((role & CONFIG_ROLE_CONSUMER) && !start_consumer(service, error, error_size))
 		return false;
-	if ((role & CONFIG_ROLE_PUBLISHER) && !start_publisher(service, error, error_size))
-		return false;
-	/* A client id made just now has to be the same next time. */
-	return (role & CONFIG_ROLE_CONSUMER) || state_save(service->state, error, error_size);
+	return !(role & CONFIG_ROLE_PUBLISHER) || start_publisher(service, error, error_size);
 }
 
 void service_stop_role(struct service *service, enum config_role role, void (*stopped)(void *context), void *context)
 {
-	/* Of two parts the consumer is the last to go. */
-	struct part *last = (role & CONFIG_ROLE_CONSUMER) && service->consumer != NULL ? &service->consumer_part
-	                                                                               : &service->publisher_part;
-	last->stopped = stopped;
-	last->context = context;
-	if (role & CONFIG_ROLE_PUBLISHER)
-		stop_publisher(service);
-	if (role & CONFIG_ROLE_CONSUMER)
-		stop_consumer(service);
+	service->to_stop |= role;
+	service->parts_stopped = stopped;
+	service->parts_context = context;
+	stop_next(service);
 }
 
 enum config_role service_roles(const struct service *service)
@@ -273,11 +271,7 @@ static void close_handle(uv_handle_t *handle, void *context)
 
 static void finish_when_stopped(struct service *service)
 {
-	if (!service->stopping || service->finished)
-		return;
-	if (service->publisher == NULL)
-		stop_consumer(service); /* after the publisher, whose last messages it may have to store */
-	if (service->publisher != NULL || service->consumer != NULL)
+	if (!service->stopping || service->finished || service->publisher != NULL || service->consumer != NULL)
 		return;
 	service->finished = true;
 	uv_walk(&service->loop, close_handle, NULL); /* only the service's own are left */
@@ -311,13 +305,14 @@ void service_stop(struct service *service)
 	service->stopping = true;
 	uv_timer_stop(&service->drain);
 	uv_timer_start(&service->shutdown, shutdown_timed_out, (uint64_t)service->config->shutdown_timeout_ms, 0);
-	stop_publisher(service);
-	finish_when_stopped(service);
+	service->to_stop = CONFIG_ROLE_BOTH;
+	stop_next(service);
 }
 
 static void on_signal(uv_signal_t *handle, int number)
 {
 	struct service *service = handle->data;
+	service->last_hrtime = 0; /* libuv forgets the idle time before a signal: this iteration cannot be measured */
 	switch (number) {
 	case SIGUSR1:
 		print_sums(service);
@@ -361,6 +356,11 @@ struct service *service_create(const struct config *config, char *error, size_t 
 	struct state *state = state_open(config->state_dir, error, error_size);
 	if (state == NULL)
 		return NULL;
+	state_client_id(state, config->mqtt.client_id); /* made now, if it has to be: it must be the same next time */
+	if (!state_save(state, error, error_size)) {
+		state_close(state);
+		return NULL;
+	}
 	struct service *service = memory_zeroed(1, sizeof *service);
 	service->config = config;
 	service->state = state;

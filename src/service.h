@@ -25,7 +25,9 @@ void service_destroy(struct service *service);
  * the state directory cannot be written. */
 bool service_start_role(struct service *service, enum config_role role, char *error, size_t error_size);
 
-/* Stop the parts of a role, orderly; `stopped` (or NULL) is called on the loop when none of them runs any more. */
+/* Stop the parts of a role, orderly, the publisher before the consumer; `stopped` (or NULL) is called when none of them
+ * runs any more, at once if none did. One such call at a time: a second one takes the place of the first one's
+ * `stopped`. */
 void service_stop_role(struct service *service, enum config_role role, void (*stopped)(void *context), void *context);
 
 /* The parts that run, starting or stopping included. */

@@ -49,16 +49,18 @@ static bool make_directories(const char *directory)
 	return made;
 }
 
-static char *read_whole(const char *path)
+/* The text of the open file, or NULL with errno. */
+static char *read_whole(FILE *file)
 {
-	FILE *file = fopen(path, "re");
-	if (file == NULL)
-		return NULL;
 	char *text = memory_zeroed(1, MOST_BYTES + 1);
 	size_t length = fread(text, 1, MOST_BYTES, file);
+	int reason = errno;
 	text[length] = 0;
-	fclose(file);
-	return text;
+	if (!ferror(file))
+		return text;
+	free(text);
+	errno = reason;
+	return NULL;
 }
 
 static void set_aside(const struct state *state)
@@ -72,20 +74,28 @@ static void set_aside(const struct state *state)
 	free(aside);
 }
 
-static void load(struct state *state)
+/* False with errno when there is a file that cannot be read: then no new identity may replace it. */
+static bool load(struct state *state)
 {
-	char *text = read_whole(state->path);
-	if (text != NULL) {
+	FILE *file = fopen(state->path, "re");
+	if (file == NULL && errno != ENOENT)
+		return false;
+	if (file != NULL) {
+		char *text = read_whole(file);
+		fclose(file);
+		if (text == NULL)
+			return false;
 		state->tree = cJSON_Parse(text);
+		free(text);
 		if (!cJSON_IsObject(state->tree)) {
 			cJSON_Delete(state->tree);
 			state->tree = NULL;
 			set_aside(state);
 		}
 	}
-	free(text);
 	if (state->tree == NULL)
 		state->tree = cJSON_CreateObject();
+	return true;
 }
 
 struct state *state_open(const char *directory, char *error, size_t error_size)
@@ -99,8 +109,12 @@ struct state *state_open(const char *directory, char *error, size_t error_size)
 	state->directory = memory_string(directory);
 	state->path = memory_format("%s/state.json", directory);
 	state->temporary = memory_format("%s/state.json.tmp", directory);
-	load(state);
-	return state;
+	if (load(state))
+		return state;
+	snprintf(error, error_size, "cannot read %s: %s; it names this service's session at the broker", state->path,
+	         strerror(errno));
+	state_close(state);
+	return NULL;
 }
 
 void state_close(struct state *state)
