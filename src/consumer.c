@@ -218,8 +218,9 @@ static void hand_back(struct consumer *consumer)
 	consumer->wait_for_store = true;
 	consumer->handbacks++;
 	round_over(consumer);
-	log_warn("consumer", "%llu messages handed back to the broker unacknowledged; it delivers them again",
-	         (unsigned long long)(metrics_total(consumer->counters->returned, METRICS_CAUSES) - before));
+	log_write(consumer->handbacks > 1 ? LOG_LEVEL_ERROR : LOG_LEVEL_WARN, "consumer",
+	          "%llu messages handed back to the broker unacknowledged; it delivers them again",
+	          (unsigned long long)(metrics_total(consumer->counters->returned, METRICS_CAUSES) - before));
 	if (mqtt_is_up(consumer->mqtt) && mqtt_generation(consumer->mqtt) == consumer->generation)
 		mqtt_give_up(consumer->mqtt, "given up unacknowledged, for MongoDB does not take the messages");
 	go_on(consumer);
@@ -635,6 +636,8 @@ void consumer_stop(struct consumer *consumer, void (*stopped)(void *owner))
 
 void consumer_hurry(struct consumer *consumer)
 {
+	if (consumer->closing && consumer->mqtt != NULL)
+		mqtt_close(consumer->mqtt, mqtt_closed);
 	if (consumer->pending == 0)
 		return;
 	consumer->expired = true;

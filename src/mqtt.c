@@ -35,7 +35,7 @@
 
 enum {
 	STABLE_MS = 5000, /* a connection that lasted this long forgets earlier failures */
-	CLOSE_MS = 1000,  /* after DISCONNECT, wait this long for the broker to hang up */
+	CLOSE_MS = 10000, /* after DISCONNECT, wait this long for the broker to hang up */
 	KEEPALIVE_TICK_MS = 1000,
 	BURST_MS = 40,       /* read at most this long before the loop gets its turn */
 	CLOCK_EVERY = 64,    /* reads between two looks at the clock */
@@ -1121,10 +1121,15 @@ static void close_gracefully(struct mqtt *mqtt)
 
 void mqtt_close(struct mqtt *mqtt, void (*closed)(void *owner))
 {
+	bool again = mqtt->closing;
 	mqtt->closing = true;
 	mqtt->closed = closed;
 	if (mqtt->in_library)
 		return; /* over() goes on */
+	if (again && mqtt->state == CLOSING)
+		finish_close(mqtt);
+	if (again)
+		return;
 	switch (mqtt->state) {
 	case RESOLVING:
 		uv_cancel((uv_req_t *)&mqtt->resolve);

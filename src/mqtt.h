@@ -109,7 +109,8 @@ bool mqtt_is_up(const struct mqtt *mqtt);
 const char *mqtt_address(const struct mqtt *mqtt);
 
 /* End it: DISCONNECT when nothing is held, else without a word. No handler is called any more; `closed` is, once every
- * handle is closed, and then the memory is gone. A running connect job is waited for. */
+ * handle is closed, and then the memory is gone. A running connect job is waited for. Called again: wait for the broker
+ * no longer. */
 void mqtt_close(struct mqtt *mqtt, void (*closed)(void *owner));
 
 #endif

@@ -265,6 +265,7 @@ static void timer_closed(uv_handle_t *handle)
 static void mqtt_closed(void *owner)
 {
 	struct publisher *publisher = owner;
+	publisher->mqtt = NULL;
 	uv_close((uv_handle_t *)&publisher->timer, timer_closed);
 }
 
@@ -299,11 +300,16 @@ void publisher_stop(struct publisher *publisher, void (*stopped)(void *owner))
 
 void publisher_hurry(struct publisher *publisher)
 {
-	close_now(publisher);
+	if (!publisher->closing)
+		close_now(publisher);
+	else if (publisher->mqtt != NULL)
+		mqtt_close(publisher->mqtt, mqtt_closed);
 }
 
 const char *publisher_status(const struct publisher *publisher)
 {
+	if (publisher->mqtt == NULL)
+		return "stopping";
 	if (!mqtt_is_up(publisher->mqtt))
 		return "connecting";
 	if (publisher->done)

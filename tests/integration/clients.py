@@ -80,8 +80,8 @@ def publish(port, payloads, topic="sensors/test", *, qos=1, retain=False, window
     under_way, acknowledged = {}, []
 
     def on_publish(_client, _data, message_id, reason, _properties):
-        payload = under_way.pop(message_id)
-        if qos == 0 or not reason.is_failure:
+        payload = under_way.pop(message_id, None)  # None: QoS 0, counted when it was sent
+        if payload is not None and not reason.is_failure:
             acknowledged.append(payload)
 
     def setup(client):
@@ -103,7 +103,10 @@ def publish(port, payloads, topic="sensors/test", *, qos=1, retain=False, window
                 info = client.publish(topic_of(index), payload, qos=qos, retain=retain)
                 if info.rc != paho.MQTT_ERR_SUCCESS:
                     return acknowledged
-                under_way[info.mid] = payload
+                if qos == 0:
+                    acknowledged.append(payload)
+                else:
+                    under_way[info.mid] = payload
                 sent += 1
             if client.loop(timeout=0.01 if pace else 0.05) != paho.MQTT_ERR_SUCCESS:
                 return acknowledged

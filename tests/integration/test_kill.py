@@ -422,6 +422,26 @@ def test_sigterm_under_load(service, mosquitto, mongod, database, collection):
 
 
 @pytest.mark.timeout(90)
+def test_sigterm_with_a_slow_broker(service, mosquitto, mongod, database, collection):
+    """Fault: SIGTERM while a broker that writes its whole state with every change is seconds behind with reading.
+    Proof: ending takes longer than a second, and less than shutdown_timeout.
+    Held: what was stored is acknowledged: closing earlier would reset the connection and destroy PUBACKs on their way."""
+    broker = mosquitto(autosave=1)
+    clients.create_session(broker.port, SESSION, "sensors/#")
+    clients.publish(broker.port, [json.dumps(content_of(number)) for number in range(3000)], topic_of)
+    running = consumer(service, broker, mongod, database, **{"shutdown_timeout": "20s"})
+    running.wait_stored(1500)
+    begun = time.monotonic()
+    sums = running.stop(timeout=30)["consumer"]
+    took = time.monotonic() - begun
+    left = {json.loads(message.payload)["n"] for message in clients.take_session(broker.port, SESSION, quiet=3)}
+    twice = left & Stored(collection).copies.keys()
+    figures(stored=sums["stored"], left=len(left), stored_and_left=len(twice), exit_after=f"{took:.1f} s")
+    assert took > 1, "the broker was not slow"
+    assert not twice and sums["stored"] + len(left) == 3000
+
+
+@pytest.mark.timeout(90)
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
 def test_a_second_signal_exits_at_once(service, mosquitto, fresh_mongod, second):
     """Fault: SIGTERM while MongoDB is frozen and a batch waits for it, and a second signal behind it.
