@@ -209,31 +209,31 @@ static bool is_tls_loss(const struct mqtt *mqtt, int result, int error)
 	                                  (error == EPROTO || error == ECONNRESET || error == EPIPE));
 }
 
-/* The broker ended it before CONNACK, or what it said was no MQTT. */
-static bool is_no_answer(const struct mqtt *mqtt, int result, int error)
+static bool is_hang_up(int result, int error)
 {
-	return mqtt->state == HANDSHAKE &&
-	       (result == MOSQ_ERR_CONN_LOST || result == MOSQ_ERR_PROTOCOL || result == MOSQ_ERR_MALFORMED_PACKET ||
-	        (result == MOSQ_ERR_ERRNO && error == 0));
+	return result == MOSQ_ERR_CONN_LOST ||
+	       (result == MOSQ_ERR_ERRNO && error == 0); /* between, or within packets */
 }
 
 static void describe_loss(struct mqtt *mqtt, int result, int error, char *text, size_t size)
 {
+	const char *listener = mqtt->config->tls.enabled ? "an MQTT listener" : "an MQTT listener without TLS";
 	if (mqtt->refusal[0] != 0)
 		snprintf(text, size, "%s", mqtt->refusal);
 	else if (is_tls_loss(mqtt, result, error))
 		snprintf(text, size, "TLS failed: %s", tls_remedy(mqtt->library));
+	else if (is_hang_up(result, error) && mqtt->state == HANDSHAKE)
+		snprintf(text, size, "the broker hung up before it answered; is this the port of %s?", listener);
+	else if (is_hang_up(result, error))
+		snprintf(text, size, "connection lost: the broker hung up");
+	else if (mqtt->state == HANDSHAKE && (result == MOSQ_ERR_PROTOCOL || result == MOSQ_ERR_MALFORMED_PACKET))
+		snprintf(text, size,
+		         "protocol error: the answer is no MQTT, or not as it should be; is this the port of %s?",
+		         listener);
 	else if (result == MOSQ_ERR_KEEPALIVE)
 		snprintf(text, size, "connection lost: the broker did not answer a ping within mqtt.keepalive");
-	else if (result == MOSQ_ERR_ERRNO && error != 0)
-		snprintf(text, size, "connection lost: %s", strerror(error));
-	else if (is_no_answer(mqtt, result, error))
-		snprintf(text, size,
-		         "the broker hung up before it answered, or does not speak MQTT; is this the port of an MQTT "
-		         "listener%s?",
-		         mqtt->config->tls.enabled ? "" : " without TLS");
 	else if (result == MOSQ_ERR_ERRNO)
-		snprintf(text, size, "connection lost: the broker hung up within a packet");
+		snprintf(text, size, "connection lost: %s", strerror(error));
 	else
 		snprintf(text, size, "connection lost: %s", mosquitto_strerror(result));
 }

@@ -43,7 +43,7 @@ def test_kill9_of_the_broker_keeps_what_it_saved(mosquitto):
     clients.create_session(broker.port, "backlog", "sensors/#")
     assert len(clients.publish(broker.port, 50)) == 50
     acknowledged, saved = time.time(), broker.directory / "mosquitto.db"
-    clients.publish(broker.port, 1, topic="elsewhere")  # one change more: mosquitto acknowledges before it writes
+    clients.publish(broker.port, 1, topic="elsewhere", retain=True)  # one change more: mosquitto acknowledges before it writes
     wait_until(lambda: saved.exists() and saved.stat().st_mtime >= acknowledged, 10, "the broker has saved")
     port = broker.port
     broker.kill9()
