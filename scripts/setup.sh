@@ -65,6 +65,8 @@ missing_packages() {
 	[ "$level" != demo ] || return 0
 
 	tool openssl openssl
+	tool groff groff-base
+	tool pgrep procps
 	tool clang clang
 	tool llvm-symbolizer llvm
 	major=$(clang -dumpversion 2>/dev/null || printf 14)
