@@ -36,9 +36,10 @@ struct batch_message {
 	int64_t received_at;     /* wall clock, ms since 1970 */
 	uint8_t qos;
 	bool retain, dup;
-	bool oversized;  /* above consumer.max_payload */
-	uint8_t outcome; /* enum batch_outcome; set by the worker */
-	uint8_t reason;  /* enum document_reason, when dead-lettered; set by the worker */
+	bool oversized;   /* above consumer.max_payload */
+	uint8_t outcome;  /* enum batch_outcome; set by the worker */
+	uint8_t refusals; /* errors of unknown meaning for this document alone; counted by the worker */
+	uint8_t reason;   /* enum document_reason, when dead-lettered; set by the worker */
 };
 
 struct batch {

@@ -26,6 +26,7 @@ enum {
 	CONNECT_MS = 5000,
 	SOCKET_MS = 20000,
 	ERROR_API = 2,
+	REFUSALS_MOST = 4, /* attempts with an unknown error for one document */
 };
 
 struct store {
@@ -69,11 +70,16 @@ static bool one_of(int code, const int *codes)
 }
 
 /* Server error codes that another attempt may not meet: the network, elections, shutdowns, time-outs, conflicts, full
- * disks, snapshots. */
+ * disks and memory, interruptions, drops and migrations under way, a hosted service's rate limit (16500). From
+ * MongoDB's error_codes.yml. */
 static bool is_transient(int code)
 {
-	static const int codes[] = {6,   7,    24,    46,    50,    64,    89,    91,    100,   112, 189,
-	                            262, 9001, 10058, 10107, 11600, 11602, 13435, 13436, 14031, 0};
+	static const int codes[] = {
+	    1,   6,   7,   8,   24,   39,    46,    50,    63,    64,    70,    71,    74,    82,    83,    89,  90,
+	    91,  100, 112, 117, 133,  134,   145,   146,   149,   150,   172,   189,   199,   202,   203,   215, 216,
+	    225, 226, 227, 237, 239,  246,   249,   250,   251,   256,   262,   264,   267,   272,   279,   281, 282,
+	    290, 314, 317, 319, 338,  342,   343,   355,   358,   363,   365,   371,   384,   388,   402,   406, 407,
+	    412, 414, 433, 449, 9001, 10058, 10107, 11600, 11601, 11602, 13388, 13435, 13436, 14031, 16500, 0};
 	return one_of(code, codes);
 }
 
@@ -81,7 +87,7 @@ static bool is_transient(int code)
  * a command as a whole also BadValue and FailedToParse, which are about its write concern. */
 static bool is_configuration(uint32_t domain, int code)
 {
-	static const int codes[] = {2, 9, 13, 18, 73, 79, 166, 8000, 0};
+	static const int codes[] = {2, 9, 11, 13, 18, 20, 26, 31, 48, 72, 73, 79, 166, 167, 242, 391, 8000, 13297, 0};
 	return (domain == MONGOC_ERROR_CLIENT && code == MONGOC_ERROR_CLIENT_AUTHENTICATE) ||
 	       ((domain == MONGOC_ERROR_SERVER || domain == MONGOC_ERROR_WRITE_CONCERN) && one_of(code, codes));
 }
@@ -393,19 +399,31 @@ static bool is_complete(const bson_t *reply, size_t count)
 	       array_length(reply, "writeConcernErrors") == 0 && !bson_has_field(reply, "writeConcernError");
 }
 
-/* An error listed with an index is about that document, unless it says otherwise: a validator, an index that cannot
- * hold it, and whatever else a server may think of. A dead letter keeps every byte, while a document that is tried for
- * ever would stop all others. */
+/* Codes that say what is wrong with this document: its values, its form, an index or a validator it does not fit. Those
+ * of five digits are assertions of the code that looked at it. */
 static bool is_about_document(int code)
 {
-	return code == 2 || code == 9 || (!is_transient(code) && !is_configuration(MONGOC_ERROR_SERVER, code));
+	static const int codes[] = {2,  9,  14, 15,  16,  17,  22,  28,  52,  53,  54,  55,  56,
+	                            57, 61, 66, 111, 116, 121, 153, 171, 201, 241, 357, 378, 0};
+	return one_of(code, codes) ||
+	       (code >= 10000 && !is_transient(code) && !is_configuration(MONGOC_ERROR_SERVER, code));
+}
+
+/* A code nobody has listed may be about the document as well: it gets a few attempts, and is then taken for that. A
+ * dead letter keeps every byte, while a document that is tried for ever would stop all others. */
+static bool is_given_up(struct batch_message *message, int code)
+{
+	if (is_transient(code) || is_configuration(MONGOC_ERROR_SERVER, code))
+		return false;
+	return ++message->refusals >= REFUSALS_MOST;
 }
 
 static void settle_error(struct write *write, const struct chunk *chunk, size_t index, const struct write_error *error)
 {
+	struct batch_message *message = &write->batch->messages[chunk->messages[index]];
 	if (error->code == 11000 && error->on_id) {
 		settle_inserted(write, chunk, index); /* our own earlier attempt: the _id was made by us */
-	} else if (is_about_document(error->code)) {
+	} else if (is_about_document(error->code) || is_given_up(message, error->code)) {
 		refuse(write, chunk, index, error->code == 11000 ? DOCUMENT_UNIQUE_INDEX : DOCUMENT_REFUSED,
 		       error->message);
 	} else {

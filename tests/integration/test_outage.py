@@ -445,3 +445,22 @@ def test_a_dead_letter_that_mongodb_refuses(service, mosquitto, mongod, mongo, d
     assert sums["dead_lettered"] == 1 and sums["returned"] >= 1
     assert letters.find_one()["payload"] == b"no JSON" and collection.count_documents({}) == 0
     assert not clients.take_session(broker.port, SESSION)
+
+
+@pytest.mark.timeout(90)
+def test_a_database_that_is_dropped_again_and_again(service, mosquitto, fresh_mongod):
+    """Fault: somebody drops the database in a loop while messages are stored.
+    Proof: MongoDB's error 215 (DatabaseDropPending), which it lists for each document, where the drop was met; drops succeed.
+    Held: that says nothing about the documents: none is taken for one MongoDB refuses. All that was received counts as stored."""
+    broker, server = mosquitto(), fresh_mongod()
+    running = consumer(service, broker, server)
+    client, drops = server.client(), 0
+    join = clients.publisher_thread(broker.port, 3000, pace=600)
+    while running.sums()["consumer"]["stored"] < 2900:
+        client.drop_database("mqtt2mongo")
+        drops += 1
+    join()
+    running.wait_stored(3000)
+    sums = running.stop()["consumer"]
+    figures(messages=3000, drops=drops, met="(215)" in running.log, dead_lettered=sums["dead_lettered"], stored=sums["stored"])
+    assert drops > 10 and sums["dead_lettered"] == 0 and sums["stored"] == sums["received"] - sums["returned"] >= 3000
