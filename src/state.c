@@ -24,8 +24,10 @@
 enum { MOST_BYTES = 4 * 1024 * 1024, ROLES = 2 };
 
 struct state {
-	char *directory, *path, *temporary;
+	char *directory, *path, *temporary, *lock;
 	cJSON *tree;
+	char *own;    /* the session this process changes, or NULL; all others are whoever wrote them last */
+	bool changed; /* since it was read or saved */
 	struct {
 		char name[16];
 		int fd;
@@ -109,6 +111,7 @@ struct state *state_open(const char *directory, char *error, size_t error_size)
 	state->directory = memory_string(directory);
 	state->path = memory_format("%s/state.json", directory);
 	state->temporary = memory_format("%s/state.json.tmp", directory);
+	state->lock = memory_format("%s/state.lock", directory);
 	if (load(state))
 		return state;
 	snprintf(error, error_size, "cannot read %s: %s; it names this service's session at the broker", state->path,
@@ -127,6 +130,8 @@ void state_close(struct state *state)
 	free(state->directory);
 	free(state->path);
 	free(state->temporary);
+	free(state->lock);
+	free(state->own);
 	free(state);
 }
 
@@ -186,6 +191,7 @@ const char *state_client_id(struct state *state, const char *configured)
 		random = (unsigned)getpid() ^ (unsigned)time(NULL);
 	char made[32];
 	snprintf(made, sizeof made, "mqtt2mongo-%08x", random);
+	state->changed = true;
 	cJSON_DeleteItemFromObjectCaseSensitive(state->tree, "client_id");
 	return cJSON_AddStringToObject(state->tree, "client_id", made)->valuestring;
 }
@@ -222,19 +228,32 @@ static cJSON *child_of(cJSON *parent, const char *name, bool array)
 	return array ? cJSON_AddArrayToObject(parent, name) : cJSON_AddObjectToObject(parent, name);
 }
 
+static void own_session(struct state *state, const char *client_id)
+{
+	state->changed = true;
+	if (state->own != NULL && strcmp(state->own, client_id) == 0)
+		return;
+	free(state->own);
+	state->own = memory_string(client_id);
+}
+
 void state_add_filter(struct state *state, const char *client_id, const char *filter)
 {
 	cJSON *filters = child_of(child_of(state->tree, "sessions", false), client_id, true);
-	if (find_filter(filters, filter) < 0)
-		cJSON_AddItemToArray(filters, cJSON_CreateString(filter));
+	if (find_filter(filters, filter) >= 0)
+		return;
+	own_session(state, client_id);
+	cJSON_AddItemToArray(filters, cJSON_CreateString(filter));
 }
 
 void state_remove_filter(struct state *state, const char *client_id, const char *filter)
 {
 	cJSON *filters = filters_of(state, client_id);
 	int index = find_filter(filters, filter);
-	if (index >= 0)
-		cJSON_DeleteItemFromArray(filters, index);
+	if (index < 0)
+		return;
+	own_session(state, client_id);
+	cJSON_DeleteItemFromArray(filters, index);
 }
 
 static bool write_durably(int fd, const char *text)
@@ -260,20 +279,67 @@ static bool sync_directory(const char *directory)
 	return synced;
 }
 
-bool state_save(struct state *state, char *error, size_t error_size)
+/* Replace a member of `target` by a copy of the one in `source`, if there is one. */
+static void take_over(cJSON *target, const cJSON *source, const char *name)
+{
+	cJSON *item = cJSON_GetObjectItemCaseSensitive(source, name);
+	if (item == NULL)
+		return;
+	cJSON_DeleteItemFromObjectCaseSensitive(target, name);
+	cJSON_AddItemToObject(target, name, cJSON_Duplicate(item, true));
+}
+
+/* Another process of this directory, the publisher beside the consumer, may have saved since we read: its client id and
+ * its sessions stand, ours are as we have them. */
+static void merge_saved(struct state *state)
+{
+	FILE *file = fopen(state->path, "re");
+	char *text = file != NULL ? read_whole(file) : NULL;
+	cJSON *saved = text != NULL ? cJSON_Parse(text) : NULL;
+	cJSON *sessions = child_of(state->tree, "sessions", false);
+	const cJSON *session;
+	if (cJSON_IsObject(saved)) {
+		take_over(state->tree, saved, "client_id");
+		const cJSON *theirs = child_of(saved, "sessions", false);
+		cJSON_ArrayForEach (session, theirs) {
+			if (state->own == NULL || strcmp(session->string, state->own) != 0)
+				take_over(sessions, theirs, session->string);
+		}
+	}
+	cJSON_Delete(saved);
+	free(text);
+	if (file != NULL)
+		fclose(file);
+}
+
+static bool replace_file(struct state *state)
 {
 	char *text = cJSON_Print(state->tree);
 	int fd = open(state->temporary, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
-	bool saved = text != NULL && fd >= 0 && write_durably(fd, text);
+	bool written = text != NULL && fd >= 0 && write_durably(fd, text);
 	int reason = errno;
 	if (fd >= 0)
 		close(fd);
-	if (saved) {
-		saved = rename(state->temporary, state->path) == 0 && sync_directory(state->directory);
-		reason = errno;
-	}
-	if (!saved)
-		snprintf(error, error_size, "cannot write %s: %s", state->path, strerror(reason));
 	cJSON_free(text);
+	errno = reason;
+	return written && rename(state->temporary, state->path) == 0 && sync_directory(state->directory);
+}
+
+bool state_save(struct state *state, char *error, size_t error_size)
+{
+	if (!state->changed)
+		return true;
+	int lock = open(state->lock, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+	bool saved = lock >= 0 && flock(lock, LOCK_EX) == 0;
+	if (saved) {
+		merge_saved(state);
+		saved = replace_file(state);
+	}
+	if (saved)
+		state->changed = false;
+	else
+		snprintf(error, error_size, "cannot write %s: %s", state->path, strerror(errno));
+	if (lock >= 0)
+		close(lock);
 	return saved;
 }

@@ -4,7 +4,10 @@
  *
  * MQTT has no way to ask a broker for a session's subscriptions, so this file is how a filter that is no longer
  * configured gets unsubscribed. Writes replace the file whole (temporary file, fsync, rename, fsync of the directory).
- * Start-up and workers; one call at a time.
+ * Two processes, a publisher and a consumer, may share a directory: each replaces only what is its own.
+ *
+ * Loop thread, but for state_save(), which waits for the disk: it runs at start-up or in a worker, and no other call on
+ * the same state meanwhile.
  */
 #ifndef MQTT2MONGO_STATE_H
 #define MQTT2MONGO_STATE_H
@@ -36,7 +39,8 @@ const char *state_filter(const struct state *state, const char *client_id, size_
 void state_add_filter(struct state *state, const char *client_id, const char *filter);
 void state_remove_filter(struct state *state, const char *client_id, const char *filter);
 
-/* Make it durable. False with `error` filled. */
+/* Make changes durable, beside those another process has saved meanwhile: a client id that is already in the file takes
+ * the place of one just made, so ask for it again. Nothing to do: true at once. False with `error` filled. */
 bool state_save(struct state *state, char *error, size_t error_size);
 
 #endif

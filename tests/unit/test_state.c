@@ -159,6 +159,7 @@ static void directories_are_made(void **state)
 	snprintf(path, sizeof path, "%s/a/b/c", directory);
 	struct state *opened = state_open(path, error, sizeof error);
 	assert_non_null(opened);
+	state_add_filter(opened, SESSION, "a");
 	save(opened);
 	state_close(opened);
 	struct stat status;
@@ -481,9 +482,48 @@ static void a_failing_disk(void **state)
 	state_close(opened);
 }
 
+/* A publisher and a consumer started at the same moment on a new directory. */
+static void two_processes_make_one_identity(void **state)
+{
+	struct state *consumer = open_state(), *publisher = open_state();
+	char first[64];
+	snprintf(first, sizeof first, "%s", state_client_id(consumer, NULL));
+	assert_string_not_equal(state_client_id(publisher, NULL), first);
+	state_add_filter(consumer, SESSION, "a");
+	save(consumer);
+	save(publisher);
+	assert_string_equal(state_client_id(publisher, NULL), first);
+	save(consumer);
+	state_close(publisher);
+	state_close(consumer);
+	struct state *opened = open_state();
+	assert_string_equal(state_client_id(opened, NULL), first);
+	assert_filters(opened, SESSION, FILTERS("a"));
+	state_close(opened);
+}
+
+static void each_process_changes_its_own_session(void **state)
+{
+	struct state *one = open_state(), *other = open_state();
+	state_add_filter(one, SESSION, "a");
+	state_add_filter(other, "another-1", "b");
+	save(one);
+	save(other);
+	state_add_filter(one, SESSION, "c");
+	state_remove_filter(one, SESSION, "a");
+	save(one);
+	state_close(other);
+	state_close(one);
+	struct state *opened = open_state();
+	assert_filters(opened, SESSION, FILTERS("c"));
+	assert_filters(opened, "another-1", FILTERS("b"));
+	state_close(opened);
+}
+
 static void a_directory_that_is_gone(void **state)
 {
 	struct state *opened = open_state();
+	state_add_filter(opened, SESSION, "a");
 	assert_int_equal(rmdir(directory), 0);
 	assert_false(state_save(opened, error, sizeof error));
 	assert_non_null(strstr(error, "No such file or directory"));
@@ -604,6 +644,8 @@ int main(void)
 	    TEST(the_file_is_replaced_durably),
 	    TEST(a_leftover_is_overwritten),
 	    TEST(a_failing_disk),
+	    TEST(two_processes_make_one_identity),
+	    TEST(each_process_changes_its_own_session),
 	    TEST(a_directory_that_is_gone),
 	    TEST(one_lock_a_role),
 	    TEST(locks_again_and_again),
