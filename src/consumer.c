@@ -83,7 +83,7 @@ struct consumer {
 	uv_work_t probe;
 	struct store_report probe_report;
 	bool probe_runs;     /* in a worker */
-	unsigned handbacks;  /* in a row, without a batch stored in between */
+	unsigned handbacks;  /* in a row, without a round stored in between */
 	bool wait_for_store; /* messages were handed back: no new connection before MongoDB answers */
 
 	uv_work_t save;
@@ -232,8 +232,10 @@ static void retry_due(uv_timer_t *timer)
 {
 	struct consumer *consumer = container_of(timer, struct consumer, retry);
 	struct slot *slot;
-	if (consumer->pending == 0)
+	if (consumer->pending == 0) {
 		start_probe(consumer);
+		return;
+	}
 	while ((slot = slot_in_phase(consumer, WAITING)) != NULL)
 		slot->phase = READY;
 	advance(consumer);
@@ -255,10 +257,11 @@ static void store_done(uv_work_t *job, int status)
 	consumer->counters->batches++;
 	if (worker->report.open == 0) {
 		size_t count = empty_slot(consumer, slot);
-		consumer->handbacks = 0;
-		say_recovered(consumer);
-		if (consumer->pending == 0)
+		if (consumer->pending == 0) { /* a part of the round proves little */
+			consumer->handbacks = 0;
+			say_recovered(consumer);
 			round_over(consumer);
+		}
 		mqtt_durable(consumer->mqtt, consumer->generation, count); /* may read the next round */
 	} else {
 		slot->phase = WAITING;

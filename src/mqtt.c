@@ -34,8 +34,9 @@
 #include <unistd.h>
 
 enum {
-	STABLE_MS = 5000, /* a connection that lasted this long forgets earlier failures */
-	CLOSE_MS = 10000, /* after DISCONNECT, wait this long for the broker to hang up */
+	STABLE_MS = 5000,          /* a connection that lasted this long forgets earlier failures */
+	CLOSE_MS = 1000,           /* after DISCONNECT, wait this long for the broker to hang up, */
+	CLOSE_CONSUMER_MS = 10000, /* and longer where it may still have PUBACKs to read */
 	KEEPALIVE_TICK_MS = 1000,
 	BURST_MS = 40,       /* read at most this long before the loop gets its turn */
 	CLOCK_EVERY = 64,    /* reads between two looks at the clock */
@@ -85,7 +86,8 @@ struct mqtt {
 	bool duplicate;    /* the DUP flag of the message about to be handed over */
 	bool in_library;   /* a callback is above us on the stack: nothing may be destroyed */
 	bool in_burst;     /* handler->drained is above us on the stack */
-	bool phantom;      /* the library wants to write with nothing queued: TLS wanted to, once, while reading */
+	bool phantom; /* the library wants to write, but a flush sends nothing: TLS waits for the peer. No reason to
+	                 poll */
 
 	uv_timer_t timer; /* backoff, connect timeout, close timeout: one at a time */
 	uv_timer_t keepalive;
@@ -157,6 +159,8 @@ static void drop_connection(struct mqtt *mqtt)
 	mqtt->generation++;
 	mqtt->held = 0;
 	mqtt->messages = 0;
+	mqtt->queued = 0;
+	mqtt->phantom = false;
 	mqtt->doomed[0] = 0;
 }
 
@@ -291,7 +295,7 @@ static bool unsent(const struct mqtt *mqtt)
 static bool flush(struct mqtt *mqtt)
 {
 	bool many = mqtt->queued > 1;
-	if (mqtt->link == NULL || !gate_open(mqtt) || !unsent(mqtt))
+	if (mqtt->link == NULL || !gate_open(mqtt) || !mosquitto_want_write(mqtt->client))
 		return true;
 	mqtt->queued = 0;
 	if (many)
@@ -766,6 +770,24 @@ static void adopt_socket(struct mqtt *mqtt)
 
 /* The library sets OpenSSL up for itself without a lock, the first time a client connects over TLS. */
 static pthread_mutex_t tls_setup = PTHREAD_MUTEX_INITIALIZER;
+static bool tls_ready; /* under the mutex */
+
+/* True when the caller is the one to connect first, and then holds the mutex. */
+static bool begin_tls_setup(const struct config_tls *tls)
+{
+	if (!tls->enabled)
+		return false;
+	pthread_mutex_lock(&tls_setup);
+	if (tls_ready)
+		pthread_mutex_unlock(&tls_setup);
+	return !tls_ready;
+}
+
+static void end_tls_setup(bool connected)
+{
+	tls_ready = tls_ready || connected;
+	pthread_mutex_unlock(&tls_setup);
+}
 
 /* Worker thread. The loop leaves the client alone until connect_done(). */
 static void connect_work(uv_work_t *job)
@@ -778,14 +800,13 @@ static void connect_work(uv_work_t *job)
 		                             (uint32_t)(config->session_expiry_ms / 1000));
 	/* TLS checks the certificate against the name it is given here. */
 	const char *host = config->tls.enabled ? config->host : mqtt->numeric;
-	if (config->tls.enabled)
-		pthread_mutex_lock(&tls_setup);
+	bool first = begin_tls_setup(&config->tls);
 	errno = 0;
 	mqtt->job_result = mosquitto_connect_bind_v5(mqtt->client, host, config->port,
 	                                             (int)(config->keepalive_ms / 1000), NULL, properties);
 	mqtt->job_errno = errno;
-	if (config->tls.enabled)
-		pthread_mutex_unlock(&tls_setup);
+	if (first)
+		end_tls_setup(mqtt->job_result == MOSQ_ERR_SUCCESS);
 	mosquitto_property_free_all(&properties);
 }
 
@@ -1114,7 +1135,7 @@ static void close_gracefully(struct mqtt *mqtt)
 	}
 	mqtt->state = CLOSING;
 	uv_timer_stop(&mqtt->keepalive);
-	uv_timer_start(&mqtt->timer, close_timed_out, CLOSE_MS, 0);
+	uv_timer_start(&mqtt->timer, close_timed_out, is_consumer(mqtt) ? CLOSE_CONSUMER_MS : CLOSE_MS, 0);
 	mosquitto_disconnect_v5(mqtt->client, 0, NULL);
 	send_disconnect(mqtt);
 }

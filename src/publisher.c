@@ -175,8 +175,7 @@ static void on_down(void *owner)
 		publisher->counters->failed += unacknowledged(publisher);
 		publisher->settled = publisher->generated;
 	}
-	if (publisher->stopping)
-		close_when_settled(publisher);
+	check_done(publisher);
 	mqtt_connect(publisher->mqtt);
 }
 

@@ -31,7 +31,7 @@ struct service {
 
 	struct consumer *consumer;
 	struct publisher *publisher;
-	enum config_role to_stop;             /* parts that are to stop, or stopping */
+	unsigned to_stop;                     /* parts that are to stop, or stopping */
 	void (*parts_stopped)(void *context); /* when none of those runs any more, or NULL */
 	void *parts_context;
 	bool subscribed; /* the consumer has been, since it was started */
@@ -152,6 +152,7 @@ static void consumer_stopped(void *owner)
 	struct service *service = owner;
 	service->consumer = NULL;
 	service->consumer_stopping = false;
+	service->to_stop &= ~CONFIG_ROLE_CONSUMER;
 	service->subscribed = false;
 	state_unlock(service->state, "consumer");
 	log_info("service", "consumer stopped");
@@ -163,6 +164,7 @@ static void publisher_stopped(void *owner)
 	struct service *service = owner;
 	service->publisher = NULL;
 	service->publisher_stopping = false;
+	service->to_stop &= ~CONFIG_ROLE_PUBLISHER;
 	state_unlock(service->state, "publisher");
 	log_info("service", "publisher stopped");
 	stop_next(service);
@@ -242,6 +244,12 @@ static bool start_publisher(struct service *service, char *error, size_t error_s
 
 bool service_start_role(struct service *service, enum config_role role, char *error, size_t error_size)
 {
+	bool ending = service->stopping || ((role & CONFIG_ROLE_CONSUMER) && service->consumer_stopping) ||
+	              ((role & CONFIG_ROLE_PUBLISHER) && service->publisher_stopping);
+	if (ending) {
+		snprintf(error, error_size, "the part is still stopping; start it when it has stopped");
+		return false;
+	}
 	if ((role & CONFIG_ROLE_CONSUMER) && !start_consumer(service, error, error_size))
 		return false;
 	return !(role & CONFIG_ROLE_PUBLISHER) || start_publisher(service, error, error_size);
@@ -282,7 +290,7 @@ static void shutdown_timed_out(uv_timer_t *timer)
 	struct service *service = container_of(timer, struct service, shutdown);
 	if (service->hurried) {
 		log_warn("service",
-		         "a worker is still busy with name resolution or MongoDB; exiting without waiting for it. What "
+		         "name resolution, MongoDB or the broker still keeps it; exiting without waiting. What "
 		         "is in flight was not acknowledged and comes again");
 		log_status(NULL);
 		print_sums(service);
@@ -293,8 +301,9 @@ static void shutdown_timed_out(uv_timer_t *timer)
 	uv_timer_start(&service->shutdown, shutdown_timed_out, UNSTOPPABLE_MS, 0);
 	if (service->publisher != NULL)
 		publisher_hurry(service->publisher);
+	bool stopping = service->consumer_stopping;
 	stop_consumer(service);
-	if (service->consumer != NULL)
+	if (service->consumer != NULL && (stopping || metrics_in_flight(&service->consumer_counters) > 0))
 		consumer_hurry(service->consumer);
 }
 
@@ -356,7 +365,8 @@ struct service *service_create(const struct config *config, char *error, size_t 
 	struct state *state = state_open(config->state_dir, error, error_size);
 	if (state == NULL)
 		return NULL;
-	state_client_id(state, config->mqtt.client_id); /* made now, if it has to be: it must be the same next time */
+	state_client_id(state,
+	                config->mqtt.client_id); /* made now, if it has to be, and saved: it must stay the same */
 	if (!state_save(state, error, error_size)) {
 		state_close(state);
 		return NULL;
