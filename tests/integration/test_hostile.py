@@ -460,3 +460,29 @@ def test_past_the_hold_limit_the_connection_is_given_up(recorded, collection, en
 def _acknowledged(recorder, connection):
     return [packet for packet in peers.mqtt_packets(recorder.stream("mqtt", connection, "service"))
             if packet.type == peers.PUBACK]
+
+
+# ---- a stall over TLS
+
+
+def test_a_tls_connection_comes_back_after_a_stall(mosquitto, service, certificates):
+    """The network swallows what a busy publisher sends over TLS until no more goes out, and the ping goes unanswered. The library
+    remembers that TLS wanted to write; the next connection must send its CONNECT all the same."""
+    broker = mosquitto(tls=certificates)
+    recorder = peers.Recorder()
+    proxy = recorder.add("mqtt", broker.port)
+    with recorder:
+        process = service(role="publisher", settings={
+            "mqtt.host": "127.0.0.1", "mqtt.port": proxy.port, "mqtt.tls.enabled": "true", "mqtt.tls.ca": certificates.ca.cert,
+            "mqtt.keepalive": "5s", "mqtt.connect_timeout": "3s", "mqtt.reconnect.max": "1s", "publisher.qos": 0,
+            "publisher.rate": "20000/s"})
+        process.wait_log("connected to")
+        wait_until(lambda: process.sums()["publisher"]["acked"] > 1000, 10, "it publishes")
+        proxy.freeze()
+        process.wait_log("did not answer a ping", 30)
+        mark = process.mark()
+        proxy.thaw()
+        process.wait_log("connected to", 15, after=mark)
+        acked = process.sums()["publisher"]["acked"]
+        wait_until(lambda: process.sums()["publisher"]["acked"] > acked + 1000, 10, "it publishes again")
+        process.stop()
