@@ -450,7 +450,7 @@ def test_only_we_may_read_our_state(mosquitto, mongod, service, database, tmp_pa
     running.program = wrapper
     running.start().wait_log("subscribed to")
     names = {each.name: stat.S_IMODE(each.stat().st_mode) for each in path.iterdir()}
-    assert set(names) == {"state.json", "consumer.lock", "publisher.lock"}
+    assert set(names) == {"state.json", "consumer.lock", "publisher.lock", "state.lock"}
     assert all(mode == 0o600 for mode in names.values()), {name: oct(mode) for name, mode in names.items()}
     assert stat.S_IMODE(path.stat().st_mode) == 0o700
     assert stat.S_IMODE(path.parent.stat().st_mode) & 0o022 == 0, "nobody else can put another directory in its place"
