@@ -7,6 +7,7 @@
 #include "config_table.h"
 
 #include "memory.h"
+#include "utf8.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -135,21 +136,9 @@ static void check_mqtt(struct config_loader *loader)
 /* The text is UTF-8 as MQTT wants it: well formed, no control characters (MQTT 5 §1.5.4, RFC 3629). */
 static bool is_mqtt_text(const char *text)
 {
-	for (const unsigned char *at = (const unsigned char *)text; *at != 0;) {
-		size_t length = *at < 0x80 ? 1 : *at < 0xc2 ? 0 : *at < 0xe0 ? 2 : *at < 0xf0 ? 3 : *at < 0xf5 ? 4 : 0;
-		uint32_t point = length > 1 ? *at & (0x7fu >> length) : *at;
-		for (size_t i = 1; i < length; i++) {
-			if ((at[i] & 0xc0) != 0x80)
-				return false;
-			point = point << 6 | (at[i] & 0x3f);
-		}
-		bool overlong = (length == 3 && point < 0x800) || (length == 4 && point < 0x10000);
-		bool surrogate = point >= 0xd800 && point <= 0xdfff;
-		bool control = point < 0x20 || (point >= 0x7f && point < 0xa0);
-		if (length == 0 || overlong || surrogate || control || point > 0x10ffff)
+	for (const uint8_t *at = (const uint8_t *)text; *at != 0; at += utf8_character(at))
+		if (utf8_character(at) == 0 || utf8_is_control(at))
 			return false;
-		at += length;
-	}
 	return true;
 }
 

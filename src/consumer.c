@@ -17,6 +17,7 @@
 #include "consumer.h"
 
 #include "batch.h"
+#include "clock.h"
 #include "log.h"
 #include "memory.h"
 #include "mqtt.h"
@@ -150,14 +151,6 @@ static void say_recovered(struct consumer *consumer)
 
 /* ---- the round ---- */
 
-static bool any_in_phase(const struct consumer *consumer, enum phase phase)
-{
-	for (size_t i = 0; i < sizeof consumer->slots / sizeof *consumer->slots; i++)
-		if (consumer->slots[i].phase == phase)
-			return true;
-	return false;
-}
-
 static struct slot *slot_in_phase(struct consumer *consumer, enum phase phase)
 {
 	for (size_t i = 0; i < sizeof consumer->slots / sizeof *consumer->slots; i++)
@@ -287,7 +280,7 @@ static void start_worker(struct worker *worker, struct slot *slot)
 static void start_ready(struct consumer *consumer)
 {
 	struct slot *slot;
-	for (int i = 0; i < consumer->worker_count && !any_in_phase(consumer, WAITING); i++)
+	for (int i = 0; i < consumer->worker_count && slot_in_phase(consumer, WAITING) == NULL; i++)
 		if (consumer->workers[i].slot == NULL && (slot = slot_in_phase(consumer, READY)) != NULL)
 			start_worker(&consumer->workers[i], slot);
 }
@@ -299,7 +292,7 @@ static void advance(struct consumer *consumer)
 		go_on(consumer);
 	else if (!consumer->expired)
 		start_ready(consumer);
-	else if (!any_in_phase(consumer, STORING))
+	else if (slot_in_phase(consumer, STORING) == NULL)
 		hand_back(consumer);
 }
 
@@ -402,13 +395,6 @@ static void on_down(void *owner)
 		go_on(consumer); /* else when the round is stored, or when MongoDB answers */
 }
 
-static int64_t wall_clock_ms(void)
-{
-	uv_timeval64_t now;
-	uv_gettimeofday(&now);
-	return now.tv_sec * 1000 + now.tv_usec / 1000;
-}
-
 static void begin_round(struct consumer *consumer)
 {
 	consumer->generation = mqtt_generation(consumer->mqtt);
@@ -429,7 +415,7 @@ static void on_message(void *owner, const struct mqtt_message *message)
 		consumer->filling->phase = FILLING;
 	}
 	struct batch *batch = &consumer->filling->batch;
-	batch_add(batch, message, (size_t)config->max_payload, wall_clock_ms());
+	batch_add(batch, message, (size_t)config->max_payload, clock_wall_ms());
 	consumer->pending++;
 	consumer->pending_bytes += message->topic_length + message->payload_length;
 	consumer->counters->received++;

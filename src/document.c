@@ -4,6 +4,8 @@
  */
 #include "document.h"
 
+#include "utf8.h"
+
 #include <stdio.h>
 
 enum {
@@ -86,34 +88,11 @@ static void put_binary_element(struct buffer *out, const char *name, const void 
 	buffer_append(out, bytes, length);
 }
 
-/* The length in bytes of the UTF-8 character at `text`, or 0 when there is none (RFC 3629 §4). */
-static size_t utf8_character(const unsigned char *text, size_t left)
-{
-	static const struct {
-		uint8_t first, last, low, high, length;
-	} forms[] = {
-	    {0x01, 0x7f, 0, 0, 1},       {0xc2, 0xdf, 0x80, 0xbf, 2}, {0xe0, 0xe0, 0xa0, 0xbf, 3},
-	    {0xe1, 0xec, 0x80, 0xbf, 3}, {0xed, 0xed, 0x80, 0x9f, 3}, {0xee, 0xef, 0x80, 0xbf, 3},
-	    {0xf0, 0xf0, 0x90, 0xbf, 4}, {0xf1, 0xf3, 0x80, 0xbf, 4}, {0xf4, 0xf4, 0x80, 0x8f, 4},
-	};
-	for (size_t i = 0; i < sizeof forms / sizeof *forms; i++) {
-		size_t length = forms[i].length;
-		if (text[0] < forms[i].first || text[0] > forms[i].last)
-			continue;
-		if (length > left || (length > 1 && (text[1] < forms[i].low || text[1] > forms[i].high)))
-			return 0;
-		for (size_t k = 2; k < length; k++)
-			if ((text[k] & 0xc0) != 0x80)
-				return 0;
-		return length;
-	}
-	return 0;
-}
-
-static bool is_utf8(const char *text, size_t length)
+/* A topic as MQTT wants it: UTF-8 without NUL (MQTT 5 §1.5.4). */
+static bool is_topic(const char *text, size_t length)
 {
 	for (size_t at = 0; at < length;) {
-		size_t step = utf8_character((const unsigned char *)text + at, length - at);
+		size_t step = text[at] != 0 ? utf8_character((const uint8_t *)text + at) : 0;
 		if (step == 0)
 			return false;
 		at += step;
@@ -128,8 +107,8 @@ static void put_escaped_element(struct buffer *out, const char *name, const char
 	size_t start = out->length;
 	put_int32(out, 0);
 	for (size_t at = 0; at < length && most > 0; most--) {
-		const unsigned char *character = (const unsigned char *)text + at;
-		size_t step = utf8_character(character, length - at);
+		const uint8_t *character = (const uint8_t *)text + at;
+		size_t step = utf8_character(character);
 		if (step == 0 || *character < 0x20 || *character == 0x7f) {
 			char escape[5];
 			snprintf(escape, sizeof escape, "\\x%02x", *character);
@@ -189,7 +168,7 @@ bool document_build(const struct batch *batch, const struct batch_message *messa
 	const char *topic = batch_topic(batch, message);
 	if (message->oversized)
 		return refuse(fault, DOCUMENT_PAYLOAD_SIZE, "payload above consumer.max_payload", 0);
-	if (!is_utf8(topic, message->topic_length))
+	if (!is_topic(topic, message->topic_length))
 		return refuse(fault, DOCUMENT_TOPIC_UTF8, "topic is not UTF-8", 0);
 
 	size_t start = open_document(out);

@@ -3,6 +3,7 @@
 #include "inspect.h"
 
 #include "batch.h"
+#include "clock.h"
 #include "document.h"
 #include "log.h"
 #include "memory.h"
@@ -102,10 +103,7 @@ static void on_subscribed(void *owner, int reason)
 static void on_message(void *owner, const struct mqtt_message *message)
 {
 	struct inspection *inspection = owner;
-	uv_timeval64_t now;
-	uv_gettimeofday(&now);
-	batch_add(&inspection->batch, message, (size_t)inspection->config->consumer.max_payload,
-	          now.tv_sec * 1000 + now.tv_usec / 1000);
+	batch_add(&inspection->batch, message, (size_t)inspection->config->consumer.max_payload, clock_wall_ms());
 }
 
 static void print_document(const struct buffer *bytes, const char *collection)

@@ -15,6 +15,8 @@
  */
 #include "json.h"
 
+#include "utf8.h"
+
 #include <bson/bson.h>
 #include <float.h>
 #include <math.h>
@@ -42,28 +44,6 @@ static bool fail(struct reader *reader, enum json_code code, const uint8_t *at, 
 {
 	*reader->fault = (struct json_fault){.code = code, .offset = (size_t)(at - reader->text), .message = message};
 	return false;
-}
-
-/*
- * True when a well-formed sequence of two to four bytes starts here (RFC 3629 §4, which leaves no room for overlong
- * forms and surrogates). `*length` is its length, or how many bytes of it are right.
- */
-static bool utf8_sequence(const uint8_t *at, size_t *length)
-{
-	uint8_t lead = at[0];
-	size_t size = lead < 0xE0 ? 2 : lead < 0xF0 ? 3 : 4;
-	uint8_t least = lead == 0xE0 ? 0xA0 : lead == 0xF0 ? 0x90 : 0x80;
-	uint8_t most = lead == 0xED ? 0x9F : lead == 0xF4 ? 0x8F : 0xBF;
-	*length = 0;
-	if (lead < 0xC2 || lead > 0xF4)
-		return false;
-	for (*length = 1; *length < size; ++*length) {
-		if (at[*length] < least || at[*length] > most)
-			return false;
-		least = 0x80;
-		most = 0xBF;
-	}
-	return true;
 }
 
 /* Fail at the next byte, which `message` describes unless there is none or it is not even UTF-8. */

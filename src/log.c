@@ -13,6 +13,8 @@
 #define _GNU_SOURCE
 #include "log.h"
 
+#include "utf8.h"
+
 #include <errno.h>
 #include <poll.h>
 #include <pthread.h>
@@ -91,40 +93,6 @@ static void write_out(const char *bytes, size_t length)
 	}
 }
 
-/*
- * The length of the well-formed UTF-8 character at `text` (RFC 3629: no overlong form, no surrogate, nothing above
- * U+10FFFF), or 0. The text ends in a NUL, which is no continuation byte.
- */
-static size_t character_length(const unsigned char *text)
-{
-	unsigned char low = 0x80, high = 0xbf; /* bounds of the second byte */
-	size_t length = text[0] < 0x80                       ? 1
-	                : text[0] >= 0xc2 && text[0] <= 0xdf ? 2
-	                : (text[0] & 0xf0) == 0xe0           ? 3
-	                : text[0] >= 0xf0 && text[0] <= 0xf4 ? 4
-	                                                     : 0;
-	if (text[0] == 0xe0)
-		low = 0xa0;
-	else if (text[0] == 0xed)
-		high = 0x9f;
-	else if (text[0] == 0xf0)
-		low = 0x90;
-	else if (text[0] == 0xf4)
-		high = 0x8f;
-	if (length > 1 && (text[1] < low || text[1] > high))
-		return 0;
-	for (size_t i = 2; i < length; i++)
-		if ((text[i] & 0xc0) != 0x80)
-			return 0;
-	return length;
-}
-
-/* C0, DEL, and C1 (U+0080 to U+009F), which some terminals obey as well. */
-static bool is_control(const unsigned char *text)
-{
-	return text[0] < 0x20 || text[0] == 0x7f || (text[0] == 0xc2 && text[1] < 0xa0);
-}
-
 /* Write the escape of the first byte of `text`, which is a control character or no UTF-8. */
 static void escape_byte(char escaped[ESCAPED_SIZE], unsigned char byte, bool json)
 {
@@ -141,8 +109,8 @@ static void escape_byte(char escaped[ESCAPED_SIZE], unsigned char byte, bool jso
 static size_t put_character(struct line *line, const unsigned char *text, bool json)
 {
 	char escaped[ESCAPED_SIZE];
-	size_t length = character_length(text);
-	if (length != 0 && !is_control(text)) {
+	size_t length = utf8_character(text);
+	if (length != 0 && !utf8_is_control(text)) {
 		bool quoted = json && (text[0] == '"' || text[0] == '\\');
 		char pair[] = {'\\', (char)text[0]};
 		return put(line, quoted ? pair : (const char *)text, quoted ? 2 : length) ? length : 0;
@@ -156,7 +124,7 @@ static void put_escaped(struct line *line, const char *text, bool json, bool cut
 {
 	const unsigned char *next = (const unsigned char *)text;
 	line->size -= TAIL_SIZE;
-	while (*next != 0 && !(cut && strnlen((const char *)next, 4) < 4 && character_length(next) == 0)) {
+	while (*next != 0 && !(cut && strnlen((const char *)next, 4) < 4 && utf8_character(next) == 0)) {
 		size_t used = put_character(line, next, json);
 		if (used == 0)
 			break;

@@ -111,7 +111,6 @@ struct mqtt {
 	int handles;
 };
 
-static void fail(struct mqtt *mqtt, const char *why);
 static void finish_close(struct mqtt *mqtt);
 static void close_gracefully(struct mqtt *mqtt);
 static void read_burst(struct mqtt *mqtt);
@@ -164,6 +163,7 @@ static void drop_connection(struct mqtt *mqtt)
 	mqtt->doomed[0] = 0;
 }
 
+/* `why` may be mqtt->doomed: it is written before it is forgotten. */
 static void fail(struct mqtt *mqtt, const char *why)
 {
 	if (mqtt->state == UP && uv_now(mqtt->loop) - mqtt->up_at >= STABLE_MS)
@@ -250,9 +250,7 @@ static bool over(struct mqtt *mqtt, int result, int error)
 		describe_loss(mqtt, result, error, why, sizeof why);
 		fail(mqtt, why);
 	} else if (mqtt->doomed[0] != 0) {
-		char why[REASON_TEXT];
-		memcpy(why, mqtt->doomed, sizeof why);
-		fail(mqtt, why);
+		fail(mqtt, mqtt->doomed);
 	} else if (!mqtt->closing) {
 		return false;
 	}
@@ -737,9 +735,7 @@ static bool attempt_ended(struct mqtt *mqtt)
 	}
 	if (mqtt->doomed[0] == 0)
 		return false;
-	char why[REASON_TEXT];
-	memcpy(why, mqtt->doomed, sizeof why);
-	fail(mqtt, why);
+	fail(mqtt, mqtt->doomed);
 	return true;
 }
 

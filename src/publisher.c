@@ -1,6 +1,7 @@
 /* See publisher.h. */
 #include "publisher.h"
 
+#include "clock.h"
 #include "log.h"
 #include "memory.h"
 #include "mqtt.h"
@@ -84,17 +85,10 @@ static uint64_t skip_late(struct publisher *publisher, uint64_t behind)
 	return most;
 }
 
-static int64_t wall_clock_ms(void)
-{
-	uv_timeval64_t now;
-	uv_gettimeofday(&now);
-	return now.tv_sec * 1000 + now.tv_usec / 1000;
-}
-
 static void publish_one(struct publisher *publisher)
 {
 	const struct config_publisher *config = &publisher->config->publisher;
-	struct template_message message = template_render(publisher->template, publisher->generated, wall_clock_ms());
+	struct template_message message = template_render(publisher->template, publisher->generated, clock_wall_ms());
 	publisher->scheduled++;
 	publisher->generated++;
 	publisher->counters->generated++;

@@ -1,0 +1,51 @@
+/*
+ * What is a well-formed UTF-8 character (RFC 3629 §4: no overlong form, no surrogate, nothing above U+10FFFF). One
+ * place for payloads, topics, settings and log lines. Pure; in the header because json.c meets it inside its innermost
+ * loop.
+ *
+ * All of it reads text that ends in a NUL, which is no continuation byte: a sequence cut short at the end is found
+ * without a length.
+ */
+#ifndef MQTT2MONGO_UTF8_H
+#define MQTT2MONGO_UTF8_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+/* True when a well-formed sequence of two to four bytes starts at `at`. `*length` is its length, or how many bytes of
+ * it are right. */
+static inline bool utf8_sequence(const uint8_t *at, size_t *length)
+{
+	uint8_t lead = at[0];
+	size_t size = lead < 0xE0 ? 2 : lead < 0xF0 ? 3 : 4;
+	uint8_t least = lead == 0xE0 ? 0xA0 : lead == 0xF0 ? 0x90 : 0x80;
+	uint8_t most = lead == 0xED ? 0x9F : lead == 0xF4 ? 0x8F : 0xBF;
+	*length = 0;
+	if (lead < 0xC2 || lead > 0xF4)
+		return false;
+	for (*length = 1; *length < size; ++*length) {
+		if (at[*length] < least || at[*length] > most)
+			return false;
+		least = 0x80;
+		most = 0xBF;
+	}
+	return true;
+}
+
+/* The length in bytes of the character at `at`, one byte of ASCII included, or 0 when there is none. */
+static inline size_t utf8_character(const uint8_t *at)
+{
+	size_t length;
+	if (at[0] < 0x80)
+		return 1;
+	return utf8_sequence(at, &length) ? length : 0;
+}
+
+/* C0, DEL, and C1 (U+0080 to U+009F), which some terminals obey as well. `at` is a well-formed character. */
+static inline bool utf8_is_control(const uint8_t *at)
+{
+	return at[0] < 0x20 || at[0] == 0x7f || (at[0] == 0xc2 && at[1] < 0xa0);
+}
+
+#endif
