@@ -36,7 +36,7 @@
 enum {
 	STABLE_MS = 5000,          /* a connection that lasted this long forgets earlier failures */
 	CLOSE_MS = 1000,           /* after DISCONNECT, wait this long for the broker to hang up, */
-	CLOSE_CONSUMER_MS = 10000, /* and longer where it may still have PUBACKs to read */
+	CLOSE_CONSUMER_MS = 60000, /* and longer where it may still have PUBACKs to read */
 	KEEPALIVE_TICK_MS = 1000,
 	BURST_MS = 40,       /* read at most this long before the loop gets its turn */
 	CLOCK_EVERY = 64,    /* reads between two looks at the clock */
