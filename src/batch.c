@@ -64,6 +64,34 @@ void batch_add(struct batch *batch, const struct mqtt_message *received, size_t 
 	bson_oid_init(&message->id, NULL);
 }
 
+void batch_restore(struct batch *batch, const struct batch_record *record)
+{
+	struct batch_message *message = append_message(batch);
+	if (record->digest != NULL) {
+		message->oversized = true;
+		message->digest = batch->arena.length;
+		buffer_append(&batch->arena, record->digest, BATCH_DIGEST_BYTES);
+	}
+	message->topic = keep_bytes(&batch->arena, record->topic, record->topic_length);
+	message->payload = keep_bytes(&batch->arena, record->payload, record->payload_length);
+	message->topic_length = record->topic_length;
+	message->payload_length = record->payload_length;
+	message->full_length = record->full_length;
+	message->id = record->id;
+	message->received_at = record->received_at;
+	message->row = record->row;
+	message->qos = record->qos;
+	message->retain = record->retain;
+	message->dup = record->dup;
+	message->tried = record->tried;
+}
+
+void batch_keep_route(struct batch *batch, const char *route)
+{
+	free(batch->route_kept);
+	batch->route = batch->route_kept = memory_string(route);
+}
+
 size_t batch_count_outcome(const struct batch *batch, enum batch_outcome outcome)
 {
 	size_t found = 0;
@@ -82,5 +110,6 @@ void batch_finish(struct batch *batch)
 {
 	buffer_finish(&batch->arena);
 	free(batch->messages);
+	free(batch->route_kept);
 	*batch = (struct batch){0};
 }

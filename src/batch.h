@@ -22,6 +22,7 @@ enum {
 enum batch_outcome {
 	BATCH_OPEN, /* not durable yet */
 	BATCH_STORED,
+	BATCH_DUPLICATE, /* the same message was stored before, under an _id made from the message */
 	BATCH_DEAD_LETTERED,
 };
 
@@ -34,9 +35,12 @@ struct batch_message {
 	uint32_t full_length;    /* bytes received */
 	bson_oid_t id;           /* the document's _id, fixed here so that a second attempt meets itself */
 	int64_t received_at;     /* wall clock, ms since 1970 */
+	int64_t row;             /* in the spool, when it came from there; else 0 */
 	uint8_t qos;
 	bool retain, dup;
 	bool oversized;   /* above consumer.max_payload */
+	bool tried;       /* an attempt to store it came before, whose outcome is not known; set by the worker */
+	bool settled;     /* durable and counted; set by the loop thread, and then no job touches the message */
 	uint8_t outcome;  /* enum batch_outcome; set by the worker */
 	uint8_t refusals; /* errors of unknown meaning for this document alone; counted by the worker */
 	uint8_t reason;   /* enum document_reason, when dead-lettered; set by the worker */
@@ -46,6 +50,24 @@ struct batch {
 	struct buffer arena;
 	struct batch_message *messages;
 	size_t count, capacity;
+	const char
+	    *route;       /* the topic filter all of them came by; borrowed, or in `route_kept`. NULL: consumer.topic */
+	char *route_kept; /* owned, or NULL; see batch_keep_route() */
+};
+
+/* A message that was received earlier, from the spool or a dead letter. Everything is copied by batch_restore(). */
+struct batch_record {
+	const char *topic;
+	uint32_t topic_length;
+	const void *payload;
+	uint32_t payload_length; /* bytes kept */
+	uint32_t full_length;    /* bytes received */
+	const uint8_t *digest;   /* BATCH_DIGEST_BYTES when it was oversized, else NULL */
+	bson_oid_t id;
+	int64_t received_at;
+	int64_t row;
+	uint8_t qos;
+	bool retain, dup, tried;
 };
 
 /*
@@ -53,6 +75,12 @@ struct batch {
  * with the length and the SHA-256 of the whole. `received_at`: ms since 1970. Loop thread.
  */
 void batch_add(struct batch *batch, const struct mqtt_message *received, size_t max_payload, int64_t received_at);
+
+/* Append a message as it was received earlier. Any thread that owns the batch. */
+void batch_restore(struct batch *batch, const struct batch_record *record);
+
+/* Set the route to a copy of `route`. */
+void batch_keep_route(struct batch *batch, const char *route);
 
 /* How many messages have this outcome. */
 size_t batch_count_outcome(const struct batch *batch, enum batch_outcome outcome);

@@ -149,6 +149,21 @@ const struct config_entry config_entries[] = {
      SET(publisher.seed_set),
      .help = "start of the random numbers; the same number gives the same messages"},
 
+    {.key = "spool.path", .type = CONFIG_TYPE_TEXT, AT(spool.path),
+     .initial_note = "spool.db in state_dir",
+     .help = "file that keeps messages on disk while MongoDB does not take them"},
+    {.key = "spool.max_size", .type = CONFIG_TYPE_SIZE, .initial = "1GiB", .least = "0B", .most = "16384GiB",
+     AT(spool.max_size), SET(spool.max_size_set),
+     .initial_note = "1GiB, or a quarter of the free disk space if that is less",
+     .help = "the most disk space the spool takes; when it is full nothing more is acknowledged. 0: no spool, what MongoDB "
+             "does not take goes back to the broker"},
+    {.key = "spool.after", .type = CONFIG_TYPE_DURATION, .initial = "250ms", .least = "10ms", .most = "10min",
+     AT(spool.after_ms),
+     .help = "a batch that MongoDB has not confirmed after this time goes to the spool and is acknowledged"},
+    {.key = "spool.linger", .type = CONFIG_TYPE_DURATION, .initial = "0s", .least = "0s", .most = "10s",
+     AT(spool.linger_ms),
+     .help = "wait this long for more messages before each write to the spool; spares flash memory at low rates"},
+
     {.key = "state_dir", .type = CONFIG_TYPE_TEXT, AT(state_dir),
      .initial_note = "$STATE_DIRECTORY, /var/lib/mqtt2mongo if writable, or ~/.local/state/mqtt2mongo",
      .help = "directory for what must survive a restart"},

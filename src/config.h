@@ -87,12 +87,21 @@ struct config_publisher {
 	uint64_t seed;
 };
 
+struct config_spool {
+	char *path;        /* resolved: the file, in state_dir unless set */
+	int64_t max_size;  /* bytes on disk; 0: no spool */
+	bool max_size_set; /* false: min(1 GiB, a quarter of what is free), settled when the spool is opened */
+	int64_t after_ms;  /* a batch MongoDB has not confirmed after this goes to the spool */
+	int64_t linger_ms; /* wait this long for more messages before each commit */
+};
+
 struct config {
 	enum config_role role;
 	struct config_mqtt mqtt;
 	struct config_mongodb mongodb;
 	struct config_consumer consumer;
 	struct config_publisher publisher;
+	struct config_spool spool;
 	char *state_dir; /* resolved; the directory may not exist yet */
 	int64_t shutdown_timeout_ms;
 	enum log_level log_level;

@@ -22,6 +22,7 @@ enum {
 	DATABASE_LIMIT = 63,   /* MongoDB manual, "Naming Restrictions" */
 	NAMESPACE_LIMIT = 255, /* database, dot and collection */
 	SECRET_LIMIT = 64 << 10,
+	SPOOL_LEAST = 1 << 20,
 };
 
 static char *join(const char *directory, const char *name)
@@ -352,6 +353,15 @@ static void settle_state_dir(struct config_loader *loader)
 		                     "state_dir");
 }
 
+static void settle_spool(struct config_loader *loader)
+{
+	struct config *config = loader->config;
+	if (config->spool.path == NULL && config->state_dir != NULL)
+		config->spool.path = join(config->state_dir, "spool.db");
+	if (config->spool.max_size > 0 && config->spool.max_size < SPOOL_LEAST)
+		complain(loader, "spool.max_size", "is less than 1MiB; write 0 for no spool");
+}
+
 void config_check(struct config_loader *loader)
 {
 	struct config *config = loader->config;
@@ -365,5 +375,6 @@ void config_check(struct config_loader *loader)
 	check_consumer(loader);
 	check_publisher_topic(loader);
 	settle_state_dir(loader);
+	settle_spool(loader);
 	config_check_uri(loader);
 }

@@ -123,6 +123,9 @@ static void count_batch(struct consumer *consumer, const struct batch *batch)
 		case BATCH_STORED:
 			counters->stored++;
 			break;
+		case BATCH_DUPLICATE:
+			counters->duplicates++;
+			break;
 		case BATCH_DEAD_LETTERED:
 			counters->dead_lettered[message->reason]++;
 			counters->truncated += batch_is_cut(message);
