@@ -418,9 +418,10 @@ static void on_message(void *owner, const struct mqtt_message *message)
 		consumer->filling->phase = FILLING;
 	}
 	struct batch *batch = &consumer->filling->batch;
-	batch_add(batch, message, (size_t)config->max_payload, clock_wall_ms());
+	batch_add(batch, message, &config->id, (size_t)config->max_payload, clock_wall_ms());
 	consumer->pending++;
-	consumer->pending_bytes += message->topic_length + message->payload_length;
+	consumer->pending_bytes +=
+	    message->topic_length + message->payload_length + batch->messages[batch->count - 1].properties_length;
 	consumer->counters->received++;
 	consumer->counters->redelivered += message->dup;
 	bool full = batch->count * BATCHES_PER_ROUND >= (size_t)config->batch_count ||

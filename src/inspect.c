@@ -103,7 +103,8 @@ static void on_subscribed(void *owner, int reason)
 static void on_message(void *owner, const struct mqtt_message *message)
 {
 	struct inspection *inspection = owner;
-	batch_add(&inspection->batch, message, (size_t)inspection->config->consumer.max_payload, clock_wall_ms());
+	const struct config_consumer *config = &inspection->config->consumer;
+	batch_add(&inspection->batch, message, &config->id, (size_t)config->max_payload, clock_wall_ms());
 }
 
 static void print_document(const struct buffer *bytes, const char *collection)

@@ -23,6 +23,7 @@
 enum { OLD_LENGTH = sizeof OLD - 1 };
 #define MIB ((size_t)1024 * 1024)
 
+static const struct id_rule object_ids;
 static const int64_t received_at = INT64_C(1795378704123);
 
 /* ---- one message in a batch ---- */
@@ -471,7 +472,7 @@ static void a_truncated_payload_of_a_batch(void **state)
 	memset(payload, 'a', length);
 	struct mqtt_message message = {
 	    .topic = "sensors/a", .topic_length = 9, .payload = payload, .payload_length = length, .qos = 1};
-	batch_add(&batch, &message, 2 * MIB, received_at);
+	batch_add(&batch, &message, &object_ids, 2 * MIB, received_at);
 	struct document_fault fault = refused(&batch);
 	assert_int_equal(fault.reason, DOCUMENT_PAYLOAD_SIZE);
 	struct buffer out = dead_letter(&batch, &fault);
@@ -497,7 +498,7 @@ static void a_refused_payload_that_is_kept_whole(void **state)
 	struct batch batch = {0};
 	struct mqtt_message message = {
 	    .topic = "sensors/a", .topic_length = 9, .payload = "\"0123456789\"", .payload_length = 12, .qos = 1};
-	batch_add(&batch, &message, 11, received_at);
+	batch_add(&batch, &message, &object_ids, 11, received_at);
 	struct document_fault fault = refused(&batch);
 	assert_int_equal(fault.reason, DOCUMENT_PAYLOAD_SIZE);
 	struct buffer out = dead_letter(&batch, &fault);
