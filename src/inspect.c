@@ -122,7 +122,7 @@ static void print_message(struct inspection *inspection, const struct batch_mess
 	const struct config_consumer *config = &inspection->config->consumer;
 	struct document_fault fault;
 	buffer_reset(&inspection->document, SIZE_MAX);
-	if (document_build(&inspection->batch, message, &inspection->document, &fault)) {
+	if (document_build(&inspection->batch, message, &config->id, &inspection->document, &fault)) {
 		inspection->documents++;
 		print_document(&inspection->document, config->collection);
 		return;

@@ -551,7 +551,7 @@ static void add_message(struct write *write, size_t index)
 	struct batch_message *message = &write->batch->messages[index];
 	struct document_fault fault;
 	size_t start = chunk->bytes.length;
-	if (!document_build(write->batch, message, &chunk->bytes, &fault)) {
+	if (!document_build(write->batch, message, &write->store->config->consumer.id, &chunk->bytes, &fault)) {
 		bury(write, index, &fault);
 		return;
 	}
