@@ -92,7 +92,7 @@ struct consumer {
 	bool recorded; /* the state file names the filter: only then may it be subscribed */
 	uv_work_t disconnect;
 
-	struct log_repeat complaint, refusal;
+	struct log_repeat complaint, refusal, fallback;
 	bool trouble; /* said, and not yet taken back */
 	bool stopping, closing;
 	void (*stopped)(void *owner);
@@ -114,6 +114,14 @@ static void count_open(struct consumer *consumer, const struct batch_message *me
 		consumer->counters->returned[consumer->cause]++;
 }
 
+static void count_fallback(struct consumer *consumer)
+{
+	consumer->counters->id_fallbacks++;
+	log_repeat(&consumer->fallback, LOG_LEVEL_WARN, "consumer",
+	           "a message without a usable id (consumer.id) is stored under an ObjectId: delivered twice, it is "
+	           "stored twice");
+}
+
 static void count_batch(struct consumer *consumer, const struct batch *batch)
 {
 	struct metrics_consumer *counters = consumer->counters;
@@ -122,6 +130,8 @@ static void count_batch(struct consumer *consumer, const struct batch *batch)
 		switch ((enum batch_outcome)message->outcome) {
 		case BATCH_STORED:
 			counters->stored++;
+			if (message->id_fallback)
+				count_fallback(consumer);
 			break;
 		case BATCH_DUPLICATE:
 			counters->duplicates++;

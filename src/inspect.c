@@ -191,15 +191,15 @@ static int inspect_database(const struct config *config)
 	char text[160], concern[128];
 	char *uri = config_redact_uri(config->mongodb.uri);
 	bool answers = store_describe(store, text, sizeof text, &report);
-	bool may_insert = answers && store_may_insert(store, config->consumer.collection) &&
-	                  store_may_insert(store, config->consumer.dead_letter);
+	bool may_write = answers && store_may_write(store);
 	store_write_concern_text(store, concern, sizeof concern);
-	if (answers && !may_insert)
-		printf("database  failed: %s, %s, but the user may not insert into %s.%s and %s.%s; it needs the role "
-		       "readWrite on "
-		       "%s\n",
+	if (answers && !may_write)
+		printf("database  failed: %s, %s, but the user may not insert into %s.%s and %s.%s%s; it needs the "
+		       "role readWrite on %s\n",
 		       uri, text, config->mongodb.database, config->consumer.collection, config->mongodb.database,
-		       config->consumer.dead_letter, config->mongodb.database);
+		       config->consumer.dead_letter,
+		       config->consumer.id.count > 0 ? ", or not read the first, which consumer.id asks for" : "",
+		       config->mongodb.database);
 	else if (answers)
 		printf("database  ok: %s, %s\n", uri, text);
 	else
@@ -209,7 +209,7 @@ static int inspect_database(const struct config *config)
 	       config->consumer.dead_letter, concern);
 	free(uri);
 	store_destroy(store);
-	return may_insert ? 0 : 1;
+	return may_write ? 0 : 1;
 }
 
 int inspect_check(const struct config *config)

@@ -77,6 +77,7 @@ static void add_consumer(cJSON *sums, const struct metrics_consumer *consumer)
 	add_causes(object, "returned_by_cause", consumer->returned, METRICS_CAUSES, cause_name);
 	add(object, "truncated", consumer->truncated);
 	add(object, "redelivered", consumer->redelivered);
+	add(object, "id_fallbacks", consumer->id_fallbacks);
 	add(object, "batches", consumer->batches);
 	add(object, "largest_batch", consumer->largest_batch);
 }
