@@ -261,6 +261,24 @@ def test_looking_up_is_tried_again(mosquitto, fresh_mongod, service):
     running.stop()
 
 
+def test_a_document_that_goes_while_we_look(mosquitto, fresh_mongod, service):
+    """Fault: the document is deleted between the refused insert and the find. Held: its message is stored again."""
+    broker, mongod = mosquitto(), fresh_mongod()
+    running = consuming(service, broker, mongod, "kept", ["/n"])
+    clients.publish(broker.port, numbered(2))
+    wait_settled(running, 2)
+    client = mongod.client()
+    begun = client.admin.command("configureFailPoint", "failCommand", mode={"times": 1}, data={
+        "failCommands": ["find"], "blockConnection": True, "blockTimeMS": 2000, "appName": "mqtt2mongo"})
+    clients.publish(broker.port, numbered(2)[1:])
+    client.admin.command("waitForFailPoint", "failCommand", timesEntered=begun["count"] + 1, maxTimeMS=20000)
+    assert client.kept.messages.delete_one({"_id": 1}).deleted_count == 1
+    only(wait_settled(running, 3), stored=3)
+    assert "the document that has it was deleted meanwhile or cannot be read" in running.log
+    running.stop()
+    assert sorted(document["_id"] for document in client.kept.messages.find()) == [0, 1]
+
+
 # --- another message under the same _id --------------------------------------------------------------------------------------
 
 

@@ -178,8 +178,10 @@ static void rules_are_refused(void **state)
 	for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
 		struct id_rule rule;
 		char *fault = parse(&rule, cases[i].parts);
-		if (fault == NULL)
+		if (fault == NULL) {
 			fail_msg("%s is taken", cases[i].parts);
+			return;
+		}
 		for (size_t word = 0; word < 3 && cases[i].words[word] != NULL; word++)
 			if (strstr(fault, cases[i].words[word]) == NULL)
 				fail_msg("%s: no %s in: %s", cases[i].parts, cases[i].words[word], fault);
