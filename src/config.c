@@ -117,6 +117,9 @@ const struct config_entry config_entries[] = {
      .help = "collection for messages"},
     {.key = "consumer.dead_letter", .type = CONFIG_TYPE_TEXT, .initial = "dead_letter", AT(consumer.dead_letter),
      .help = "collection for messages that are no JSON or that MongoDB refuses, byte for byte and with the reason"},
+    {.key = "consumer.id", .type = CONFIG_TYPE_LIST, .initial = "objectid", AT(consumer.id_parts),
+     .help = "what makes a document's _id: objectid, a new one for each delivery, or a list of parts of the message, of "
+             "which each is topic, a JSON pointer into the payload as in /id, or user-property:NAME"},
     {.key = "consumer.workers", .type = CONFIG_TYPE_INTEGER, .initial = "2", .least = "1", .most = "64",
      AT(consumer.workers),
      .help = "threads that convert and store batches"},
@@ -130,9 +133,9 @@ const struct config_entry config_entries[] = {
      AT(consumer.batch_bytes),
      .initial_note = "8MiB, or consumer.max_payload if that is more",
      .help = "the most bytes of topics and payloads stored and acknowledged together"},
-    {.key = "consumer.qos0.topic", .type = CONFIG_TYPE_TEXT, AT(consumer.qos0_topic),
+    {.key = "consumer.qos0_topic", .type = CONFIG_TYPE_TEXT, AT(consumer.qos0_topic),
      .help = "a second topic filter, subscribed at QoS 0 on a connection of its own, for messages that may be lost"},
-    {.key = "consumer.qos0.buffer", .type = CONFIG_TYPE_SIZE, .initial = "16MiB", .least = "64KiB", .most = "1GiB",
+    {.key = "consumer.qos0_buffer", .type = CONFIG_TYPE_SIZE, .initial = "16MiB", .least = "64KiB", .most = "1GiB",
      AT(consumer.qos0_buffer),
      .help = "the most memory for such messages while they wait for MongoDB; what comes beyond it is dropped and counted"},
 
@@ -283,6 +286,10 @@ static void store(struct config *config, const struct config_entry *entry, const
 	case CONFIG_TYPE_CONCERN:
 		memory_wipe_free(*(char **)place);
 		*(char **)place = memory_string(value->text);
+		break;
+	case CONFIG_TYPE_LIST:
+		config_list_finish(place);
+		free(config_list_parse(value->text, place)); /* it was checked */
 		break;
 	}
 	if (entry->set_offset != 0)
@@ -537,9 +544,14 @@ enum config_action config_load(struct config *config, int argc, char **argv, cha
 
 void config_finish(struct config *config)
 {
-	for (size_t i = 0; i < config_entry_count; i++)
+	for (size_t i = 0; i < config_entry_count; i++) {
+		void *place = (char *)config + config_entries[i].offset;
 		if (is_text(&config_entries[i]))
-			memory_wipe_free(*(char **)((char *)config + config_entries[i].offset));
+			memory_wipe_free(*(char **)place);
+		else if (config_entries[i].type == CONFIG_TYPE_LIST)
+			config_list_finish(place);
+	}
+	id_rule_finish(&config->consumer.id);
 	free(config->file);
 	*config = (struct config){0};
 }

@@ -8,6 +8,7 @@
 #ifndef MQTT2MONGO_CONFIG_H
 #define MQTT2MONGO_CONFIG_H
 
+#include "id.h"
 #include "log.h"
 
 #include <stdbool.h>
@@ -67,16 +68,24 @@ struct config_mongodb {
 	    write_timeout_set; /* set by the user: then the key beats the URI; else the URI beats the default */
 };
 
+/* A list of texts, owned. */
+struct config_list {
+	char **items;
+	size_t count;
+};
+
 struct config_consumer {
 	char *topic; /* filter */
 	int qos;     /* 0 to 2; 2 is subscribed as 1 */
 	char *collection, *dead_letter;
-	int workers;         /* 1 to 64 */
-	int64_t max_payload; /* bytes, up to 15 MiB */
-	int64_t batch_count; /* messages */
-	int64_t batch_bytes; /* topic + payload bytes */
-	char *qos0_topic;    /* filter, or NULL */
-	int64_t qos0_buffer; /* bytes */
+	struct config_list id_parts; /* as they were written */
+	struct id_rule id;           /* made of them; zeroed: ObjectIds */
+	int workers;                 /* 1 to 64 */
+	int64_t max_payload;         /* bytes, up to 15 MiB */
+	int64_t batch_count;         /* messages */
+	int64_t batch_bytes;         /* topic + payload bytes */
+	char *qos0_topic;            /* filter, or NULL */
+	int64_t qos0_buffer;         /* bytes */
 };
 
 struct config_publisher {

@@ -227,6 +227,18 @@ static void check_identity(struct config_loader *loader)
 	}
 }
 
+static void settle_id(struct config_loader *loader)
+{
+	struct config_consumer *consumer = &loader->config->consumer;
+	char *fault =
+	    id_rule_parse(&consumer->id, (const char *const *)consumer->id_parts.items, consumer->id_parts.count);
+	complain(loader, "consumer.id", fault);
+	if (consumer->id.property_count > 0 && loader->config->mqtt.protocol != 5)
+		complain(loader, "consumer.id",
+		         "MQTT 3.1.1 has no user properties, take another part or set mqtt.protocol to \"5\"");
+	free(fault);
+}
+
 static void check_consumer(struct config_loader *loader)
 {
 	struct config_consumer *consumer = &loader->config->consumer;
@@ -239,7 +251,7 @@ static void check_consumer(struct config_loader *loader)
 		complain(loader, "consumer.dead_letter",
 		         "is the same as consumer.collection, dead letters need a collection of their own");
 	if (consumer->qos0_topic != NULL)
-		complain(loader, "consumer.qos0.topic",
+		complain(loader, "consumer.qos0_topic",
 		         consumer->qos == 0 ? "has no effect with consumer.qos 0, which takes consumer.topic that way"
 		         : strcmp(consumer->qos0_topic, consumer->topic) == 0
 		             ? "is the same as consumer.topic, every message would be stored twice"
@@ -379,6 +391,7 @@ void config_check(struct config_loader *loader)
 	check_identity(loader);
 	check_write_concern(loader);
 	check_consumer(loader);
+	settle_id(loader);
 	check_publisher_topic(loader);
 	settle_state_dir(loader);
 	settle_spool(loader);

@@ -65,6 +65,8 @@ static const char *placeholder(const struct config_entry *entry)
 		return "SIZE";
 	case CONFIG_TYPE_RATE:
 		return "RATE";
+	case CONFIG_TYPE_LIST:
+		return "LIST";
 	default:
 		return "TEXT";
 	}

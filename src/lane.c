@@ -203,10 +203,11 @@ static void on_message(void *owner, const struct mqtt_message *message)
 		lane->filling = delivery_take(lane->delivery, &lane->sender);
 	struct batch *batch = &lane->filling->batch;
 	batch->route = lane->filter;
-	batch_add(batch, message, (size_t)config->max_payload, clock_wall_ms());
+	batch_add(batch, message, &config->id, (size_t)config->max_payload, clock_wall_ms());
 	lane->quiet = 0;
 	lane->pending++;
-	lane->pending_bytes += message->topic_length + message->payload_length;
+	lane->pending_bytes +=
+	    message->topic_length + message->payload_length + batch->messages[batch->count - 1].properties_length;
 	lane->counters->received++;
 	lane->counters->redelivered += message->dup;
 	if (batch->count * BATCHES_PER_ROUND >= (size_t)config->batch_count ||

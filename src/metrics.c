@@ -30,6 +30,7 @@ void metrics_count_outcome(struct metrics_consumer *consumer, const struct batch
 	switch ((enum batch_outcome)message->outcome) {
 	case BATCH_STORED:
 		consumer->stored++;
+		consumer->id_fallbacks += message->id_fallback;
 		break;
 	case BATCH_DUPLICATE:
 		consumer->duplicates++;
@@ -95,6 +96,7 @@ static void add_consumer(cJSON *sums, const struct metrics_consumer *consumer)
 	add_causes(object, "returned_by_cause", consumer->returned, METRICS_CAUSES, cause_name);
 	add(object, "truncated", consumer->truncated);
 	add(object, "redelivered", consumer->redelivered);
+	add(object, "id_fallbacks", consumer->id_fallbacks);
 	add(object, "batches", consumer->batches);
 	add(object, "largest_batch", consumer->largest_batch);
 }

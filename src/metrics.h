@@ -30,9 +30,10 @@ struct metrics_consumer {
 	uint64_t spooled;
 	uint64_t dropped[METRICS_CAUSES]; /* QoS 0 only */
 	uint64_t returned[METRICS_CAUSES];
-	uint64_t truncated;   /* dead letters not kept whole */
-	uint64_t redelivered; /* of those received, with the DUP flag */
-	uint64_t batches;     /* written */
+	uint64_t truncated;    /* dead letters not kept whole */
+	uint64_t redelivered;  /* of those received, with the DUP flag */
+	uint64_t id_fallbacks; /* of those stored, under an ObjectId because they have no _id that consumer.id wants */
+	uint64_t batches;      /* written */
 	uint64_t largest_batch;
 
 	/* how things stand now */

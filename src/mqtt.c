@@ -470,6 +470,23 @@ static void on_disconnect(struct mosquitto *client, void *context, int reason, c
 		note_refusal(mqtt, "disconnected by the broker", reason);
 }
 
+char *mqtt_user_property(const struct mqtt_message *message, const char *name)
+{
+	const mosquitto_property *property = message->properties;
+	char *found, *value;
+	bool again = false;
+	while ((property = mosquitto_property_read_string_pair(property, MQTT_PROP_USER_PROPERTY, &found, &value,
+	                                                       again)) != NULL) {
+		bool wanted = strcmp(found, name) == 0;
+		free(found);
+		if (wanted)
+			return value;
+		free(value);
+		again = true;
+	}
+	return NULL;
+}
+
 static void on_message(struct mosquitto *client, void *context, const struct mosquitto_message *received,
                        const mosquitto_property *properties)
 {
@@ -499,6 +516,7 @@ static void on_message(struct mosquitto *client, void *context, const struct mos
 	    .qos = received->qos,
 	    .retain = received->retain,
 	    .dup = duplicate,
+	    .properties = properties,
 	};
 	mqtt->handler.message(mqtt->owner, &message);
 }

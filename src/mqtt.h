@@ -31,8 +31,12 @@ struct mqtt_message {
 	size_t payload_length;
 	int qos; /* as delivered: 0 or 1 */
 	bool retain;
-	bool dup; /* the broker had sent it before (MQTT 5 §3.3.1.1) */
+	bool dup;               /* the broker had sent it before (MQTT 5 §3.3.1.1) */
+	const void *properties; /* the library's; see mqtt_user_property() */
 };
+
+/* The value of the first user property of that name (MQTT 5 §3.3.2.3.7), allocated, or NULL when there is none. */
+char *mqtt_user_property(const struct mqtt_message *message, const char *name);
 
 /* What CONNACK granted. */
 struct mqtt_granted {

@@ -107,7 +107,7 @@ static void on_message(void *owner, const struct mqtt_message *message)
 	if (is_overloaded(qos0, message)) {
 		qos0->counters->dropped[METRICS_OVERLOAD]++;
 		log_repeat(&qos0->overload, LOG_LEVEL_WARN, "consumer",
-		           "more QoS 0 messages on %s than MongoDB takes; what does not fit into consumer.qos0.buffer "
+		           "more QoS 0 messages on %s than MongoDB takes; what does not fit into consumer.qos0_buffer "
 		           "is dropped",
 		           qos0->filter);
 		return;
@@ -115,7 +115,8 @@ static void on_message(void *owner, const struct mqtt_message *message)
 	if (qos0->filling == NULL)
 		qos0->filling = delivery_take(qos0->delivery, &qos0->sender);
 	qos0->filling->batch.route = qos0->filter;
-	batch_add(&qos0->filling->batch, message, (size_t)qos0->config->consumer.max_payload, clock_wall_ms());
+	const struct config_consumer *config = &qos0->config->consumer;
+	batch_add(&qos0->filling->batch, message, &config->id, (size_t)config->max_payload, clock_wall_ms());
 	if (is_full(qos0))
 		submit(qos0);
 }

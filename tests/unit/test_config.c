@@ -572,6 +572,88 @@ static void tls(void **state)
 	warns("--role|both|--mqtt-tls-enabled|--mqtt-tls-insecure", "host name is not checked");
 }
 
+static void assert_part(size_t index, enum id_kind kind, const char *name)
+{
+	assert_in_range(index, 0, config.consumer.id.count - 1);
+	assert_int_equal(config.consumer.id.parts[index].kind, kind);
+	assert_string_equal(config.consumer.id.parts[index].name, name);
+}
+
+static void accepts_file(const char *file)
+{
+	write_file("a.json", file);
+	accepts("--role|both|-c|a.json");
+}
+
+/* A list: an array in the file, its text or commas elsewhere. */
+static void ids(void **state)
+{
+	accepts("--role|both");
+	assert_int_equal(config.consumer.id.count, 0);
+	accepts("--role|both|--consumer-id|objectid");
+	assert_int_equal(config.consumer.id.count, 0);
+	accepts("--role|both|--consumer-id|topic,/seq");
+	assert_int_equal(config.consumer.id.count, 2);
+	assert_part(0, ID_TOPIC, "topic");
+	assert_part(1, ID_POINTER, "seq");
+	accepts("--role|both|--consumer-id|user-property:a b");
+	assert_part(0, ID_PROPERTY, "a b");
+	accepts("--role|both|--consumer-id| [ \"topic\",\n\"/a,b\" , \"user-property:[x]\" ] ");
+	assert_int_equal(config.consumer.id.count, 3);
+	assert_part(1, ID_POINTER, "a,b");
+	assert_part(2, ID_PROPERTY, "[x]");
+	const char *variables[] = {"HOME=/home/nobody", "MQTT2MONGO_CONSUMER_ID=/id,topic", NULL};
+	environment = variables;
+	accepts("--role|both");
+	assert_part(0, ID_POINTER, "id");
+	accepts_file("{\"consumer\": {\"id\": [\"topic\"]}}");
+	assert_part(0, ID_POINTER, "id");
+	environment = no_environment;
+	accepts_file("{\"consumer\": {\"id\": [\"topic\"]}}");
+	assert_int_equal(config.consumer.id.count, 1);
+	assert_part(0, ID_TOPIC, "topic");
+	accepts_file("{\"consumer\": {\"id\": \"objectid\"}}");
+	assert_int_equal(config.consumer.id.count, 0);
+	accepts_file(
+	    "{\"consumer\": {\"id\": [ // brackets, quotes and comments\n\"/]\\\"[\", \"user-property://x\"],\n"
+	    "\"topic\": \"a/#\"}}");
+	assert_int_equal(config.consumer.id.count, 2);
+	assert_part(0, ID_POINTER, "]\"[");
+	assert_part(1, ID_PROPERTY, "//x");
+	assert_string_equal(config.consumer.topic, "a/#");
+}
+
+static void ids_that_are_none(void **state)
+{
+	refuses("--role|both|--consumer-id|", "--consumer-id: is empty");
+	refuses("--role|both|--consumer-id|seq",
+	        "--consumer-id: \"seq\" is no part of a message, allowed are \"topic\"");
+	refuses("--role|both|--consumer-id|topic,", "--consumer-id: \"\" is no part");
+	refuses("--role|both|--consumer-id|[]", "--consumer-id: the list is empty");
+	refuses("--role|both|--consumer-id|[\"topic\"", "--consumer-id: is no list in JSON");
+	refuses("--role|both|--consumer-id|[\"topic\",5]", "--consumer-id: is a list with something else");
+	refuses("--role|both|--consumer-id|[\"/a\\u0000b\"]", "--consumer-id: holds a NUL");
+	refuses("--role|both|--consumer-id|topic,/topic", "--consumer-id: \"/topic\": another part is named \"topic\"");
+	refuses("--role|both|--consumer-id|topic,/$a", "MongoDB takes no field");
+	refuses("--role|both|--consumer-id|/a~b", "~0");
+	refuses_file("{\n\"consumer\": {\"id\": 5}}",
+	             "2: consumer.id: is a number, must be a list of texts in quotes, as in [\"a\", \"b\"]");
+	refuses_file("{\"consumer\": {\"id\": {\"a\": [1]}}, \"role\": \"both\"}",
+	             "1: consumer.id: is an object, must be a list of texts in quotes, as in [\"a\", \"b\"]");
+	refuses_file("{\"consumer\": {\"id\": \"topic\"}}",
+	             "1: consumer.id: \"topic\" is neither \"objectid\" nor a list, write [\"topic\"]");
+	refuses_file("{\"consumer\": {\n\"id\": [\"topic\",\n[\"/a\"]]}}",
+	             "2: consumer.id: is a list with something else than texts in quotes");
+	refuses_file("{\"consumer\": {\"id\": [{\"a\": 1}], \"topic\": \"a\", \"qso\": 1}}",
+	             "1: consumer.id: is a list with something else than texts in quotes");
+	assert_says("qso");
+	refuses_file("{\"consumer\": {\"id\": [\"/a\\u0000\"]}}",
+	             "1: consumer.id: holds a NUL character (\\u0000), take it out");
+	refuses("--role|both|--mqtt-protocol|3.1.1|--consumer-id|topic,user-property:id",
+	        "--consumer-id: MQTT 3.1.1 has no user properties");
+	accepts("--role|both|--mqtt-protocol|3.1.1|--consumer-id|topic,/id");
+}
+
 static void write_concern(void **state)
 {
 	refuses("--role|both|--mongodb-write-concern-w|0",
@@ -840,6 +922,8 @@ static void the_example_loads(void **state)
 			assert_int_equal(*(const int *)place, value.integer);
 		else if (entry->type == CONFIG_TYPE_BOOLEAN)
 			assert_int_equal(*(const bool *)place, value.yes);
+		else if (entry->type == CONFIG_TYPE_LIST)
+			assert_string_equal(((const struct config_list *)place)->items[0], entry->initial);
 		else if (entry->type != CONFIG_TYPE_RATE && entry->type != CONFIG_TYPE_SEED)
 			assert_int_equal(*(const int64_t *)place, value.integer);
 	}
@@ -899,6 +983,8 @@ int main(void)
 	    TEST(mongodb_names),
 	    TEST(crossed_values),
 	    TEST(tls),
+	    TEST(ids),
+	    TEST(ids_that_are_none),
 	    TEST(write_concern),
 	    TEST(uris),
 	    TEST(secrets_in_arguments_are_wiped),

@@ -25,6 +25,7 @@ static struct metrics_consumer some_consumer(void)
 	    .returned = {[METRICS_HOLD_LIMIT] = 50000, [METRICS_SHUTDOWN] = 77},
 	    .truncated = 8,
 	    .redelivered = 9999,
+	    .id_fallbacks = 66,
 	    .batches = 1234,
 	    .largest_batch = 4096,
 	};
@@ -119,7 +120,8 @@ static void in_flight_is_what_is_in_no_other_term(void **state)
 		assert_int_equal(metrics_in_flight(&consumer), 110 - (i + 1) * (i + 2) / 2);
 	}
 	/* of messages that another term counts */
-	consumer.truncated = consumer.redelivered = consumer.batches = consumer.largest_batch = 9;
+	consumer.truncated = consumer.redelivered = consumer.id_fallbacks = consumer.batches = consumer.largest_batch =
+	    9;
 	assert_int_equal(metrics_in_flight(&consumer), 110 - 45);
 }
 
@@ -146,6 +148,7 @@ static void every_sum_of_the_consumer(void **state)
 	assert_number(sums, "consumer.in_flight", (double)metrics_in_flight(&consumer));
 	assert_number(sums, "consumer.truncated", 8);
 	assert_number(sums, "consumer.redelivered", 9999);
+	assert_number(sums, "consumer.id_fallbacks", 66);
 	assert_number(sums, "consumer.batches", 1234);
 	assert_number(sums, "consumer.largest_batch", 4096);
 	assert_null(cJSON_GetObjectItemCaseSensitive(sums, "publisher"));
