@@ -132,15 +132,34 @@ static bool is_damage(int code)
 	return code == SQLITE_CORRUPT || code == SQLITE_NOTADB || code == SQLITE_FORMAT;
 }
 
+static bool is_no_room(int reason)
+{
+	return reason == ENOSPC || reason == EDQUOT;
+}
+
+/* The errno of the last failure on the file or, `control` being SQLITE_FCNTL_JOURNAL_POINTER, on its WAL. */
+static int last_errno(sqlite3 *database, int control)
+{
+	sqlite3_file *file = NULL;
+	int reason = 0;
+	if (sqlite3_file_control(database, "main", control, &file) == SQLITE_OK && file != NULL &&
+	    file->pMethods != NULL)
+		file->pMethods->xFileControl(file, SQLITE_FCNTL_LAST_ERRNO, &reason);
+	return reason;
+}
+
+/* SQLite knows ENOSPC; for what else means that there is no room, errno may have changed since. */
 static bool is_full(sqlite3 *database, int code)
 {
-	int reason = database != NULL ? sqlite3_system_errno(database) : 0;
-	if ((code & 0xff) == SQLITE_FULL)
+	int kind = code & 0xff;
+	if (kind == SQLITE_FULL)
 		return true;
-	if (code == SQLITE_IOERR_FSYNC || code == SQLITE_IOERR_DIR_FSYNC)
+	if (code == SQLITE_IOERR_FSYNC || code == SQLITE_IOERR_DIR_FSYNC || database == NULL)
 		return false; /* whatever the reason is: what is on disk is not known */
-	return ((code & 0xff) == SQLITE_IOERR || (code & 0xff) == SQLITE_CANTOPEN) &&
-	       (reason == ENOSPC || reason == EDQUOT);
+	if ((kind == SQLITE_IOERR || kind == SQLITE_CANTOPEN) && is_no_room(sqlite3_system_errno(database)))
+		return true;
+	return code == SQLITE_IOERR_WRITE && (is_no_room(last_errno(database, SQLITE_FCNTL_FILE_POINTER)) ||
+	                                      is_no_room(last_errno(database, SQLITE_FCNTL_JOURNAL_POINTER)));
 }
 
 /* SQLite's words for an error, and the system's where there are some. */
@@ -809,6 +828,8 @@ static bool put_in_place(struct spool *spool, char **aside)
 		*aside = memory_format("%s.corrupt-%s-%d", spool->path, time_text, i);
 	}
 	char *aside_wal = memory_format("%s-wal", *aside);
+	if (size_of(spool->wal) == 0)
+		unlink(spool->wal);
 	bool done = (rename(spool->path, *aside) == 0 || errno == ENOENT) &&
 	            (rename(spool->wal, aside_wal) == 0 || errno == ENOENT) &&
 	            (unlink(spool->index) == 0 || errno == ENOENT) && sync_directory(spool) &&
@@ -847,7 +868,8 @@ static bool recover(struct spool *spool, const char *reason)
 	char *recovered = memory_format("%s.recovered", spool->path), *aside = NULL;
 	int code = make_target(&recovery);
 	if (code == SQLITE_OK) {
-		copy_rows(&recovery);
+		if (size_of(spool->path) > 0) /* of an empty file SQLite would delete the WAL */
+			copy_rows(&recovery);
 		sqlite3_close_v2(recovery.source);
 		if (recovery.code == SQLITE_OK && recovery.recovered != recovery.expected)
 			search_pages(&recovery);
@@ -931,7 +953,7 @@ static enum spool_result attach(struct spool *spool, char *error, size_t error_s
 	int code = spool->damaged ? SQLITE_CORRUPT : connect_file(spool, &full, &reason);
 	if (spool->damaged) {
 		if (!recover(spool, reason)) {
-			bool no_room = errno == ENOSPC || errno == EDQUOT;
+			bool no_room = is_no_room(errno);
 			snprintf(error, error_size, "the spool %s is damaged (%s) and cannot be recovered: %s",
 			         spool->path, reason, strerror(errno));
 			free(reason);
