@@ -67,11 +67,10 @@ enum {
 };
 #define LARGEST_DEFAULT ((int64_t)1024 * 1024 * 1024)
 
-static const char *const SCHEMA[] = {
-    "CREATE TABLE message (" SPOOL_COLUMN_TYPES ")",
-    "CREATE TABLE damaged (" SPOOL_COLUMN_TYPES ")",
-    "CREATE TABLE tally (messages INTEGER, next_row INTEGER, tests INTEGER)",
-};
+static const char MESSAGE_TABLE[] = "CREATE TABLE message (" SPOOL_COLUMN_TYPES ")";
+static const char DAMAGED_TABLE[] = "CREATE TABLE damaged (" SPOOL_COLUMN_TYPES ")";
+static const char TALLY_TABLE[] = "CREATE TABLE tally (messages INTEGER, next_row INTEGER, tests INTEGER)";
+static const char *const SCHEMA[] = {MESSAGE_TABLE, DAMAGED_TABLE, TALLY_TABLE};
 enum { TABLES = sizeof SCHEMA / sizeof *SCHEMA };
 
 /* The statements a connection keeps prepared. */
@@ -337,7 +336,7 @@ static int empty_wal(struct spool *spool)
  */
 static int find_room(struct spool *spool, int64_t frames, int64_t added, int64_t kept, bool *fits)
 {
-	int64_t bytes, most = (int64_t)atomic_load(&spool->max_size) - kept;
+	int64_t bytes = 0, most = (int64_t)atomic_load(&spool->max_size) - kept;
 	int code = reckon(spool, frames, added, &bytes);
 	*fits = bytes <= most;
 	if (code != SQLITE_OK || *fits || size_of(spool->wal) == 0)
@@ -369,16 +368,17 @@ static void tidy_wal(struct spool *spool)
 	log_error("spool", "%s", error);
 }
 
-/* Give the disk back when the last message is gone. */
+/* Give the disk back when the last message is gone. Needs room for what is left, be it a few pages above the limit. */
 static void shrink(struct spool *spool)
 {
+	enum { FEW_PAGES = 16 };
 	int64_t pages, unused;
 	bool fits = false;
 	if (query_number(spool, PAGES, 0, &pages) != SQLITE_OK ||
-	    pages * SPOOL_PAGE + size_of(spool->wal) <= SHRUNK_BYTES)
-		return;
-	if (query_number(spool, FREE_PAGES, 0, &unused) != SQLITE_OK ||
-	    find_room(spool, pages - unused + FIXED_FRAMES, 0, 0, &fits) != SQLITE_OK || !fits)
+	    pages * SPOOL_PAGE + size_of(spool->wal) <= SHRUNK_BYTES ||
+	    query_number(spool, FREE_PAGES, 0, &unused) != SQLITE_OK ||
+	    find_room(spool, pages - unused + FIXED_FRAMES, 0, 0, &fits) != SQLITE_OK ||
+	    (!fits && pages - unused > FEW_PAGES))
 		return;
 	int code = sqlite3_exec(spool->database, "VACUUM", NULL, NULL, NULL);
 	if (code == SQLITE_OK)
@@ -686,7 +686,7 @@ static int connect_file(struct spool *spool, bool *full, char **text)
 		code = prepare(spool);
 	if (code == SQLITE_OK)
 		code = begin_use(spool, wal, wal_bytes);
-	if (code == SQLITE_OK && is_new && !sync_directory(spool))
+	if (code == SQLITE_OK && !sync_directory(spool))
 		code = SQLITE_IOERR_DIR_FSYNC;
 	/* Tables that are not ours, or not any more. */
 	if ((code & 0xff) == SQLITE_ERROR)
@@ -1249,7 +1249,9 @@ static int remove_some(struct spool *spool, const struct batch *batch, size_t *i
 	return code;
 }
 
-/* Delete a few at a time, each within the reserve. *full: not even that fits. */
+/* Delete a few at a time, each within the reserve. *full: not even that fits, because of a reader beside or a full
+ * disk. Above a limit that was lowered since, what the WAL takes for a moment is allowed: there is no other way down.
+ */
 static int remove_bit_by_bit(struct spool *spool, const struct batch *batch, bool *full)
 {
 	size_t index = 0;
@@ -1257,6 +1259,7 @@ static int remove_bit_by_bit(struct spool *spool, const struct batch *batch, boo
 	int code = SQLITE_OK;
 	while (code == SQLITE_OK && fits && index < batch->count) {
 		code = find_room(spool, reserve_of(spool) / FRAME_BYTES, 0, 0, &fits);
+		fits |= spool->wal_frames == 0;
 		if (code == SQLITE_OK && fits)
 			code = remove_some(spool, batch, &index, FEW_ROWS);
 	}

@@ -99,7 +99,7 @@ static bool open_view(struct view *view)
 	}
 	int code = open_name(view, path, 0);
 	/* Without the right to make the log's index, and without a log. */
-	if ((code & 0xff) == SQLITE_CANTOPEN && size_of(path, "-wal") == 0) {
+	if (((code & 0xff) == SQLITE_CANTOPEN || (code & 0xff) == SQLITE_READONLY) && size_of(path, "-wal") == 0) {
 		char *name = immutable_name(path);
 		sqlite3_close_v2(view->database);
 		view->database = NULL;

@@ -40,6 +40,17 @@ enum { MAX_PAYLOAD = 1024 * 1024, NOBODY = 65534 };
 
 static char directory[64], path[128], error[512];
 
+static uint64_t seed; /* never 0 */
+
+/* The next number of a sequence that follows from the seed (xorshift64), below `end`. */
+static size_t chance(size_t end)
+{
+	seed ^= seed << 13;
+	seed ^= seed >> 7;
+	seed ^= seed << 17;
+	return end > 0 ? (size_t)(seed >> 11) % end : 0;
+}
+
 /* ---- the disk ---- */
 
 static int sync_errno;          /* what fsync() and fdatasync() fail with, or 0 */
@@ -72,7 +83,7 @@ int fsync(int fd)
 	return sync_as_told();
 }
 
-int fdatasync(int fd)
+int fdatasync(int fildes)
 {
 	return sync_as_told();
 }
@@ -156,11 +167,23 @@ static void put_bytes(const char *name, size_t at, const void *bytes, size_t len
 	close(fd);
 }
 
+static uint8_t *content_of(const char *name, size_t *length)
+{
+	*length = size_of(name);
+	uint8_t *bytes = malloc(*length + 1);
+	int fd = open(name, O_RDONLY);
+	assert_int_equal(read(fd, bytes, *length), *length);
+	close(fd);
+	return bytes;
+}
+
 static void copy_file(const char *from, const char *to)
 {
-	char command[512];
-	snprintf(command, sizeof command, "cp '%s' '%s'", from, to);
-	assert_int_equal(system(command), 0);
+	size_t length;
+	uint8_t *bytes = content_of(from, &length);
+	unlink(to);
+	put_bytes(to, 0, bytes, length);
+	free(bytes);
 }
 
 /* ---- spools and batches ---- */
@@ -607,16 +630,15 @@ static void assert_set_aside(const void *bytes, size_t length)
 	assert_int_equal(count_files("spool.db.recover"), 0);
 	DIR *entries = opendir(directory);
 	for (const struct dirent *entry; (entry = readdir(entries)) != NULL;) {
-		char name[512], *content = malloc(length);
+		char name[512];
 		snprintf(name, sizeof name, "%s/%s", directory, entry->d_name);
 		if (strncmp(entry->d_name, "spool.db.corrupt-20", 19) == 0 && strstr(entry->d_name, "-wal") == NULL) {
-			assert_int_equal(size_of(name), length);
-			int fd = open(name, O_RDONLY);
-			assert_int_equal(read(fd, content, length), length);
-			close(fd);
+			size_t kept;
+			uint8_t *content = content_of(name, &kept);
+			assert_int_equal(kept, length);
 			assert_memory_equal(content, bytes, length);
+			free(content);
 		}
-		free(content);
 	}
 	closedir(entries);
 }
@@ -626,16 +648,6 @@ static void a_foreign_file(void **state)
 	static const char text[] = "This is somebody's letter and no database at all. It is kept as it is.";
 	put_bytes(path, 0, text, sizeof text);
 	assert_set_aside(text, sizeof text);
-}
-
-static uint8_t *content_of(const char *name, size_t *length)
-{
-	*length = size_of(name);
-	uint8_t *bytes = malloc(*length + 1);
-	int fd = open(name, O_RDONLY);
-	assert_int_equal(read(fd, bytes, *length), *length);
-	close(fd);
-	return bytes;
 }
 
 static void a_foreign_database(void **state)
@@ -850,7 +862,7 @@ static void fill_disk(const char *name, bool leave)
 	lseek(fd, 0, SEEK_END);
 	while (write(fd, zeros, sizeof zeros) > 0)
 		;
-	if (leave && ftruncate(fd, lseek(fd, 0, SEEK_CUR) - 100 * 4096) != 0)
+	if (leave && ftruncate(fd, lseek(fd, 0, SEEK_CUR) - (off_t)100 * 4096) != 0)
 		_exit(20);
 	close(fd);
 }
@@ -985,6 +997,28 @@ static void full_and_empty_again(void **state)
 	}
 }
 
+/* The limit was lowered below what there is: what is there can be removed, and then it takes messages again. */
+static void a_lower_limit(void **state)
+{
+	struct batch batch = {0}, back = {0};
+	struct spool *spool = open_sized(64 * MIB);
+	commit_numbers(spool, 1, 20000, 1000, 300);
+	spool_close(spool);
+	spool = open_sized(MIB);
+	add_number(&batch, 1, 10);
+	assert_int_equal(commit(spool, &batch), SPOOL_FULL);
+	while (status_of(spool).messages > 0) {
+		read_batch(spool, 0, &back, 3000, ALL);
+		remove_batch(spool, &back);
+	}
+	assert_true(bytes_on_disk() <= MIB);
+	expect(spool_test(spool, error, sizeof error));
+	expect(commit(spool, &batch));
+	spool_close(spool);
+	batch_finish(&batch);
+	batch_finish(&back);
+}
+
 /* A transaction larger than the whole spool is refused, but does not stand in the way of smaller ones. */
 static void more_than_ever_fits(void **state)
 {
@@ -1002,29 +1036,28 @@ static void more_than_ever_fits(void **state)
 static void never_above_the_limit(void **state)
 {
 	static const size_t sizes[] = {0, 50, 110, 700, 2100, 3000, 4100, 9000, 70000};
-	for (unsigned seed = 1; seed <= 12; seed++) {
+	for (unsigned round = 1; round <= 12; round++) {
 		struct batch batch = {0}, back = {0};
-		int64_t limit = (int64_t)(seed % 4 + 1) * MIB, number = 0, full = 0;
+		int64_t limit = (int64_t)(round % 4 + 1) * MIB, number = 0, full = 0;
 		struct spool *spool = open_sized(limit);
-		srand(seed);
+		seed = round;
 		for (int i = 0; i < 400; i++) {
-			if (rand() % 3 > 0 - (i / 100 % 2)) {
+			if (chance(3) > 0) {
 				batch_reset(&batch);
-				for (int j = rand() % 200; j >= 0; j--)
-					add_number(&batch, ++number,
-					           sizes[(size_t)rand() % 9] % (size_t)(1 + rand() % 80000));
+				for (size_t j = chance(200); j < 200; j++)
+					add_number(&batch, ++number, sizes[chance(9)] % (1 + chance(80000)));
 				full += commit(spool, &batch) == SPOOL_FULL;
 			}
-			if (rand() % 3 > i / 100 % 2) {
-				read_batch(spool, 0, &back, (size_t)rand() % 500 + 1, ALL);
+			if (chance(3) > (size_t)(i / 100 % 2)) {
+				read_batch(spool, 0, &back, chance(500) + 1, ALL);
 				settle(&back, BATCH_STORED);
 				for (size_t j = 0; j < back.count; j++)
-					if (rand() % 10 == 0)
+					if (chance(10) == 0)
 						back.messages[j].outcome = BATCH_OPEN;
 				expect(spool_remove(spool, &back, error, sizeof error));
 			}
 			if (bytes_on_disk() > limit || most_bytes_seen > limit)
-				fail_msg("seed %u, step %d: %lld bytes, at most %lld, allowed %lld", seed, i,
+				fail_msg("round %u, step %d: %lld bytes, at most %lld, allowed %lld", round, i,
 				         (long long)bytes_on_disk(), (long long)most_bytes_seen, (long long)limit);
 			if (i % 97 == 0) {
 				spool_close(spool);
@@ -1048,17 +1081,16 @@ struct progress {
 	int64_t committed, removing;
 };
 
-static void work_until_killed(int pipe_end, int64_t number, unsigned seed)
+static void work_until_killed(int pipe_end, int64_t number)
 {
 	struct config_spool config = config_of(64 * MIB);
 	struct batch batch = {0}, back = {0};
 	struct spool *spool = spool_open(&config, error, sizeof error);
 	struct progress progress = {.committed = number};
-	srand(seed);
 	while (spool != NULL) {
 		batch_reset(&batch);
-		for (int i = rand() % 300; i >= 0; i--)
-			add_number(&batch, ++number, (size_t)rand() % 500);
+		for (size_t i = chance(300); i < 300; i++)
+			add_number(&batch, ++number, chance(500));
 		if (commit(spool, &batch) != SPOOL_OK)
 			_exit(1);
 		progress.committed = number;
@@ -1067,7 +1099,7 @@ static void work_until_killed(int pipe_end, int64_t number, unsigned seed)
 		if (status_of(spool).messages < 3000)
 			continue;
 		batch_reset(&back);
-		if (spool_read(spool, 0, &back, (size_t)rand() % 2000 + 1, ALL, error, sizeof error) != SPOOL_OK)
+		if (spool_read(spool, 0, &back, chance(2000) + 1, ALL, error, sizeof error) != SPOOL_OK)
 			_exit(3);
 		progress.removing = number_of(&back, back.count - 1);
 		if (write(pipe_end, &progress, sizeof progress) != sizeof progress)
@@ -1082,16 +1114,18 @@ static void work_until_killed(int pipe_end, int64_t number, unsigned seed)
 static void killed_at_any_moment(void **state)
 {
 	struct progress last = {0}, progress;
+	seed = (uint64_t)getpid();
 	for (unsigned i = 0; i < 60; i++) {
 		int ends[2];
 		assert_int_equal(pipe(ends), 0);
 		pid_t child = start_child();
 		if (child == 0) {
 			close(ends[0]);
-			work_until_killed(ends[1], last.committed, i);
+			seed = i + 1;
+			work_until_killed(ends[1], last.committed);
 		}
 		close(ends[1]);
-		usleep((useconds_t)(rand() % 60000));
+		usleep((useconds_t)chance(60000));
 		kill(child, SIGKILL);
 		while (read(ends[0], &progress, sizeof progress) == sizeof progress) {
 			last.committed = progress.committed;
@@ -1188,11 +1222,11 @@ static void a_crash_loses_nothing(void **state)
 static void truncated_anywhere(void **state)
 {
 	int64_t recovered = 0;
-	srand(1);
+	seed = 1;
 	make_crashed(2000);
 	size_t length = size_of(with(".good"));
 	for (int i = 0; i < 50; i++) {
-		size_t kept = i == 0 ? 0 : (size_t)rand() % length;
+		size_t kept = i == 0 ? 0 : chance(length);
 		restore_crashed();
 		assert_int_equal(truncate(path, (off_t)kept), 0);
 		int64_t count = open_damaged();
@@ -1201,17 +1235,17 @@ static void truncated_anywhere(void **state)
 		if (count < 900)
 			fail_msg("%lld messages of 2000, cut at %zu of %zu", (long long)count, kept, length);
 	}
-	assert_true(recovered > 50 * 1300);
+	assert_true(recovered > (int64_t)50 * 1300);
 }
 
 static void a_truncated_wal(void **state)
 {
-	srand(2);
+	seed = 2;
 	make_crashed(2000);
 	size_t length = size_of(with("-wal.good"));
 	for (int i = 0; i < 20; i++) {
 		restore_crashed();
-		assert_int_equal(truncate(with("-wal"), (off_t)((size_t)rand() % length)), 0);
+		assert_int_equal(truncate(with("-wal"), (off_t)(chance(length))), 0);
 		assert_true(open_damaged() >= 1000);
 	}
 }
@@ -1229,10 +1263,10 @@ static void flip_bits(const char *name, int count)
 	size_t length = size_of(name);
 	for (int i = 0; i < count; i++) {
 		uint8_t byte;
-		size_t at = (size_t)rand() % length;
+		size_t at = chance(length);
 		int fd = open(name, O_RDWR);
 		assert_int_equal(pread(fd, &byte, 1, (off_t)at), 1);
-		byte ^= (uint8_t)(1 << rand() % 8);
+		byte ^= (uint8_t)(1 << chance(8));
 		assert_int_equal(pwrite(fd, &byte, 1, (off_t)at), 1);
 		close(fd);
 	}
@@ -1241,7 +1275,7 @@ static void flip_bits(const char *name, int count)
 /* One bit costs at most the rows of one page, here 25; in the file's first page none. */
 static void flipped_bits(void **state)
 {
-	srand(3);
+	seed = 3;
 	make_crashed(2000);
 	for (int i = 0; i < 150; i++) {
 		restore_crashed();
@@ -1347,7 +1381,7 @@ static void damage_in_use(void **state)
 	pid_t child = start_child();
 	if (child == 0) {
 		static const uint8_t zeros[8 * 4096];
-		put_bytes(path, 40 * 4096, zeros, sizeof zeros);
+		put_bytes(path, (size_t)40 * 4096, zeros, sizeof zeros);
 		_exit(0);
 	}
 	assert_int_equal(child_status(child), 0);
@@ -1548,6 +1582,7 @@ int main(void)
 	    TEST(a_full_disk),
 	    TEST(a_file_system_that_is_full),
 	    TEST(full_and_empty_again),
+	    TEST(a_lower_limit),
 	    TEST(more_than_ever_fits),
 	    TEST(never_above_the_limit),
 	    TEST(killed_at_any_moment),
