@@ -426,7 +426,9 @@ static void read_file_flag(struct config_loader *loader, struct arguments *argum
 static void read_action(struct config_loader *loader, enum config_action action)
 {
 	if (loader->action != CONFIG_RUN && loader->action != action)
-		config_error(loader, "--check and --dry-run exclude each other, give one of them");
+		config_error(loader,
+		             "--check, --dry-run, --spool-status and --spool-export exclude each other, give one of "
+		             "them");
 	loader->action = action;
 }
 
@@ -463,6 +465,10 @@ static void read_argument(struct config_loader *loader, struct arguments *argume
 		read_action(loader, CONFIG_CHECK);
 	else if (strcmp(argument, "--dry-run") == 0)
 		read_action(loader, CONFIG_DRY_RUN);
+	else if (strcmp(argument, "--spool-status") == 0)
+		read_action(loader, CONFIG_SPOOL_STATUS);
+	else if (strcmp(argument, "--spool-export") == 0)
+		read_action(loader, CONFIG_SPOOL_EXPORT);
 	else
 		unknown_argument(loader, arguments, argument, length);
 }
@@ -504,6 +510,8 @@ static void settle_role(struct config_loader *loader)
 static void require_role(struct config_loader *loader)
 {
 	if (loader->config->role != CONFIG_ROLE_NONE || config_is_set(loader, "role"))
+		return;
+	if (loader->action == CONFIG_SPOOL_STATUS || loader->action == CONFIG_SPOOL_EXPORT)
 		return;
 	config_error(loader, "no role is given, say what this process shall do, for example one of:\n"
 	                     "  mqtt2mongo --role publisher --mqtt-host localhost\n"

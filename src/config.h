@@ -28,10 +28,12 @@ enum config_status { CONFIG_STATUS_AUTO, CONFIG_STATUS_ON, CONFIG_STATUS_OFF };
 /* What the command line asks for. */
 enum config_action {
 	CONFIG_RUN,
-	CONFIG_CHECK,   /* --check: lint, then try broker and database */
-	CONFIG_DRY_RUN, /* --dry-run: print documents, store and acknowledge nothing */
-	CONFIG_PRINTED, /* --help, --version, …: already printed to standard output, exit 0 */
-	CONFIG_INVALID, /* already said on standard error, exit 2 */
+	CONFIG_CHECK,        /* --check: lint, then try broker and database */
+	CONFIG_DRY_RUN,      /* --dry-run: print documents, store and acknowledge nothing */
+	CONFIG_SPOOL_STATUS, /* --spool-status: print how much the spool holds */
+	CONFIG_SPOOL_EXPORT, /* --spool-export: print its messages */
+	CONFIG_PRINTED,      /* --help, --version, …: already printed to standard output, exit 0 */
+	CONFIG_INVALID,      /* already said on standard error, exit 2 */
 };
 
 struct config_tls {

@@ -24,7 +24,7 @@ def test_every_setting_named_in_the_documents_exists():
     for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
         named = set(re.findall(r"`([a-z_]+(?:\.[a-z_]+)+)`", path.read_text()))
         unknown = {key for key in named if key.split(".")[0] in sections} - table
-        assert not {key for key in unknown if not key.endswith((".c", ".h", ".py", ".conf", ".lock", ".json"))}, path
+        assert not {key for key in unknown if not key.endswith((".c", ".h", ".py", ".conf", ".lock", ".json", ".db"))}, path
 
 
 def test_every_flag_of_the_readme_exists():

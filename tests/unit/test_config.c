@@ -216,7 +216,10 @@ static void actions(void **state)
 	assert_silent(CONFIG_DRY_RUN, load("--dry-run"));
 	assert_int_equal(config.role, CONFIG_ROLE_CONSUMER);
 	refuses("--dry-run|--role|publisher", "--role: --dry-run shows what the consumer would store");
-	refuses("--dry-run|--check", "--check and --dry-run exclude each other");
+	refuses("--dry-run|--check", "--check, --dry-run, --spool-status and --spool-export exclude each other");
+	refuses("--spool-status|--spool-export", "exclude each other");
+	assert_silent(CONFIG_SPOOL_STATUS, load("--spool-status"));
+	assert_silent(CONFIG_SPOOL_EXPORT, load("--spool-export|--role|publisher"));
 }
 
 static void durations(void **state)
