@@ -43,6 +43,7 @@ enum phase { FREE, FILLING, READY, STORING, WAITING };
 struct slot {
 	struct batch batch;
 	enum phase phase;
+	uint64_t submitted_at; /* hrtime */
 };
 
 /* A job in the thread pool, and what it works with. */
@@ -141,6 +142,7 @@ static void say_trouble(struct consumer *consumer, const struct store_report *re
 {
 	enum log_level level = report->class == STORE_CONFIGURATION ? LOG_LEVEL_ERROR : LOG_LEVEL_WARN;
 	consumer->trouble = true;
+	consumer->counters->database_up = false;
 	log_repeat(&consumer->complaint, level, "consumer", "%s", report->message);
 }
 
@@ -149,6 +151,7 @@ static void say_recovered(struct consumer *consumer)
 	if (consumer->trouble)
 		log_info("consumer", "MongoDB answers again");
 	consumer->trouble = false;
+	consumer->counters->database_up = true;
 	log_repeat_end(&consumer->complaint);
 }
 
@@ -252,6 +255,7 @@ static void store_done(uv_work_t *job, int status)
 	worker->slot = NULL;
 	consumer->counters->batches++;
 	if (worker->report.open == 0) {
+		metrics_observe(&consumer->counters->store_latency, (uv_hrtime() - slot->submitted_at) / 1000);
 		size_t count = empty_slot(consumer, slot);
 		if (consumer->pending == 0) { /* a part of the round proves little */
 			consumer->handbacks = 0;
@@ -386,6 +390,7 @@ static void close_batch(struct consumer *consumer)
 	if (consumer->filling == NULL)
 		return;
 	consumer->filling->phase = READY;
+	consumer->filling->submitted_at = uv_hrtime();
 	consumer->filling = NULL;
 	start_ready(consumer);
 }
@@ -393,6 +398,7 @@ static void close_batch(struct consumer *consumer)
 static void on_down(void *owner)
 {
 	struct consumer *consumer = owner;
+	consumer->counters->connections_up = 0;
 	close_batch(consumer); /* read just before the connection went */
 	if (consumer->pending == 0 && !consumer->wait_for_store)
 		go_on(consumer); /* else when the round is stored, or when MongoDB answers */
@@ -423,6 +429,7 @@ static void on_message(void *owner, const struct mqtt_message *message)
 	consumer->pending_bytes += message->topic_length + message->payload_length;
 	consumer->counters->received++;
 	consumer->counters->redelivered += message->dup;
+	consumer->counters->received_qos0 += message->qos == 0;
 	bool full = batch->count * BATCHES_PER_ROUND >= (size_t)config->batch_count ||
 	            batch->arena.length * BATCHES_PER_ROUND >= (size_t)config->batch_bytes;
 	/* The library may hand over more than there is room for, up to a TLS record: the last slot takes it all. */
@@ -458,6 +465,7 @@ static void on_subscribed(void *owner, int reason)
 		log_warn("consumer", "the broker grants %s only at QoS %d: messages may be lost on the way", filter,
 		         reason);
 	log_info("consumer", "subscribed to %s at QoS %d", filter, reason);
+	consumer->counters->connections_up = 1;
 	if (consumer->handler.subscribed != NULL)
 		consumer->handler.subscribed(consumer->owner);
 }
@@ -564,6 +572,7 @@ struct consumer *consumer_start(uv_loop_t *loop, const struct config *config, st
 	uv_timer_init(loop, &consumer->hold);
 	uv_timer_init(loop, &consumer->retry);
 	consumer->handles = 2;
+	counters->connections = 1;
 	struct mqtt_options options = {.config = &config->mqtt, .client_id = consumer->client_id, .name = "consumer"};
 	consumer->mqtt = mqtt_create(loop, &options, &mqtt_handler, consumer);
 	char promise[128];
@@ -606,6 +615,7 @@ static void mqtt_closed(void *owner)
 {
 	struct consumer *consumer = owner;
 	consumer->mqtt = NULL;
+	consumer->counters->connections = consumer->counters->connections_up = 0;
 	uv_queue_work(consumer->loop, &consumer->disconnect, disconnect_work, disconnect_done);
 }
 

@@ -2,7 +2,7 @@
  * metrics_prometheus(): the counters in the Prometheus text format (version 0.0.4), for a scrape of /metrics.
  *
  * Each family is its HELP and TYPE line and then its samples. Counters end in _total and times are seconds, as the
- * format's conventions want it. Numbers never pass through the locale or a double: counts are exact.
+ * format's conventions want it. Counts never pass through a double: they are exact.
  */
 #include "metrics.h"
 
@@ -59,9 +59,7 @@ static void histogram(FILE *out, const char *name, const struct metrics_histogra
 	family(out, name, "histogram", help);
 	for (int i = 0; i < METRICS_BUCKETS; i++, limit_us *= 2) {
 		below += values->counts[i];
-		fprintf(out, PREFIX "%s_bucket{le=\"", name);
-		fprintf(out, "%" PRIu64 ".%04" PRIu64, limit_us / 1000000, limit_us % 1000000 / 100);
-		fprintf(out, "\"} %" PRIu64 "\n", below);
+		fprintf(out, PREFIX "%s_bucket{le=\"%g\"} %" PRIu64 "\n", name, (double)limit_us / 1e6, below);
 	}
 	below += values->counts[METRICS_BUCKETS];
 	fprintf(out, PREFIX "%s_bucket{le=\"+Inf\"} %" PRIu64 "\n" PREFIX "%s_sum ", name, below, name);

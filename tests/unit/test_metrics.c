@@ -448,9 +448,9 @@ static void prometheus_histograms_are_cumulative(void **state)
 	char *text = prometheus(&consumer, NULL);
 	assert_line(text, "# TYPE mqtt2mongo_store_latency_seconds histogram");
 	assert_line(text, "mqtt2mongo_store_latency_seconds_bucket{le=\"0.0005\"} 1");
-	assert_line(text, "mqtt2mongo_store_latency_seconds_bucket{le=\"0.0010\"} 1");
-	assert_line(text, "mqtt2mongo_store_latency_seconds_bucket{le=\"0.0020\"} 3");
-	assert_line(text, "mqtt2mongo_store_latency_seconds_bucket{le=\"65.5360\"} 3");
+	assert_line(text, "mqtt2mongo_store_latency_seconds_bucket{le=\"0.001\"} 1");
+	assert_line(text, "mqtt2mongo_store_latency_seconds_bucket{le=\"0.002\"} 3");
+	assert_line(text, "mqtt2mongo_store_latency_seconds_bucket{le=\"65.536\"} 3");
 	assert_line(text, "mqtt2mongo_store_latency_seconds_bucket{le=\"+Inf\"} 4");
 	assert_line(text, "mqtt2mongo_store_latency_seconds_count 4");
 	assert_line(text, "mqtt2mongo_store_latency_seconds_sum 99.003500");
