@@ -433,6 +433,16 @@ def test_a_port_that_is_taken(watched, service, mosquitto, mongod, database):
     first.stop()
 
 
+def test_a_part_that_cannot_start(watched, service, mosquitto, mongod, database):
+    """http listens by then; all of it is taken down again."""
+    first = watched(role="consumer")
+    second = service(broker=mosquitto(), mongod=mongod, database=database, settings={
+        "http.listen": f"127.0.0.1:{free_port()}", "state_dir": first.state})
+    second.finish(expect=1)
+    assert "answers" in second.log and str(first.pid) in second.log
+    first.stop()
+
+
 def test_an_address_of_another_machine(service, mosquitto, mongod, database):
     running = service(broker=mosquitto(), mongod=mongod, database=database, settings={"http.listen": "192.0.2.1:9641"})
     running.finish(expect=1, sums=False)

@@ -132,8 +132,9 @@ static void status_has_everything(void **state)
 	metrics_observe(&publisher.publish_latency, 1000);
 	char *text = health_status(&health);
 	static const char *const parts[] = {
-	    "{\"version\":\"9.8.7\",\"uptime_seconds\":10.5,\"ready\":true,\"reasons\":[],\"consumer\":\"consuming\","
-	    "\"publisher\":\"publishing\",\"connections\":{\"consumer\":\"up\",\"publisher\":\"up\"},",
+	    "{\"version\":\"9.8.7\",\"uptime_seconds\":10.5,\"ready\":true,\"reasons\":[],",
+	    ",\"consumer\":\"consuming\",\"publisher\":\"publishing\",",
+	    ",\"connections\":{\"consumer\":\"up\",\"publisher\":\"up\"},",
 	    "\"broker_dropped_messages\":5,",
 	    "\"database\":{\"up\":true,\"mean_store_latency_ms\":2},",
 	    "\"spool\":{\"state\":\"ok\",\"messages\":3,\"bytes\":0,\"max_bytes\":0,\"oldest_age_seconds\":2.5},",
