@@ -172,6 +172,9 @@ const struct config_entry config_entries[] = {
      AT(spool.linger_ms),
      .help = "wait this long for more messages before each write to the spool; spares flash memory at low rates"},
 
+    {.key = "http.listen", .type = CONFIG_TYPE_TEXT, .initial = "off", AT(http.listen),
+     .help = "address and port for /metrics, /healthz, /readyz and /status.json, as in 127.0.0.1:9641; there is no password"},
+
     {.key = "state_dir", .type = CONFIG_TYPE_TEXT, AT(state_dir),
      .initial_note = "$STATE_DIRECTORY, /var/lib/mqtt2mongo if writable, or ~/.local/state/mqtt2mongo",
      .help = "directory for what must survive a restart"},

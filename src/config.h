@@ -108,6 +108,13 @@ struct config_spool {
 	int64_t linger_ms; /* wait this long for more messages before each commit */
 };
 
+struct config_http {
+	char *listen;     /* "off", or ADDRESS:PORT as it is written */
+	bool enabled;     /* the rest is set */
+	char address[46]; /* a literal IPv4 or IPv6 address */
+	int port;         /* 1 to 65535 */
+};
+
 struct config {
 	enum config_role role;
 	struct config_mqtt mqtt;
@@ -115,6 +122,7 @@ struct config {
 	struct config_consumer consumer;
 	struct config_publisher publisher;
 	struct config_spool spool;
+	struct config_http http;
 	char *state_dir; /* resolved; the directory may not exist yet */
 	int64_t shutdown_timeout_ms;
 	enum log_level log_level;

@@ -277,6 +277,8 @@ static void report(struct delivery_parcel *parcel, size_t open)
 	size_t durable = parcel->batch.count - open, bytes = delivery_bytes(parcel);
 	if (open > 0)
 		count_open(delivery->counters, parcel);
+	else
+		metrics_observe(&delivery->counters->store_latency, (uv_hrtime() - parcel->submitted_at) / 1000);
 	parcel->reported = true;
 	parcel->sender = NULL;
 	delivery->under_way--;

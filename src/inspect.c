@@ -224,6 +224,8 @@ int inspect_check(const struct config *config)
 	if (config->role & CONFIG_ROLE_PUBLISHER)
 		printf("would     publish to %s, %g messages a second at QoS %d\n", config->publisher.topic,
 		       config->publisher.rate, config->publisher.qos);
+	if (config->http.enabled)
+		printf("would     answer /metrics, /healthz, /readyz and /status.json on %s\n", config->http.listen);
 	int database = config->role & CONFIG_ROLE_CONSUMER ? inspect_database(config) : 0;
 	return broker != 0 || database != 0 ? 1 : 0;
 }

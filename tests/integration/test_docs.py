@@ -50,3 +50,14 @@ def test_every_reason_of_a_dead_letter_is_documented():
     assert {"payload_too_large", "unique_index"} <= reasons
     for reason in reasons:
         assert f"`{reason}`" in README, reason
+
+
+def test_every_metric_is_documented():
+    source = (ROOT / "src" / "metrics_prometheus.c").read_text()
+    metrics = set(re.findall(r'\b(?:family|counter|gauge|seconds|histogram|causes)\(out, "([a-z0-9_]+)"', source))
+    operation = (ROOT / "docs" / "operation.md").read_text()
+    documented = set(re.findall(r"`([a-z0-9_]+)(?:\{[a-z]+\})?`", operation))
+    assert len(metrics) > 30
+    assert metrics <= documented, metrics - documented
+    alerts = set(re.findall(r"mqtt2mongo_([a-z0-9_]+?)(?:_bucket)?\b", operation[operation.index("## Watching it"):])) - {""}
+    assert alerts <= metrics, alerts - metrics

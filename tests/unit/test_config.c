@@ -842,6 +842,50 @@ static void documents_hold_every_key(void **state)
 	assert_non_null(strstr(printed, "--mqtt-tls-ca"));
 }
 
+static void where_to_listen(void **state)
+{
+	accepts("--role|both");
+	assert_false(config.http.enabled);
+	accepts("--role|both|--http-listen|off");
+	assert_false(config.http.enabled);
+	static const struct {
+		const char *flags, *address;
+		int port;
+	} good[] = {{"--role|both|--http-listen|127.0.0.1:9641", "127.0.0.1", 9641},
+	            {"--role|both|--http-listen|localhost:1", "127.0.0.1", 1},
+	            {"--role|both|--http-listen|[::1]:65535", "::1", 65535}};
+	for (size_t i = 0; i < sizeof good / sizeof *good; i++) {
+		accepts(good[i].flags);
+		assert_true(config.http.enabled);
+		assert_string_equal(config.http.address, good[i].address);
+		assert_int_equal(config.http.port, good[i].port);
+	}
+	warns("--role|both|--http-listen|0.0.0.0:80", "127.0.0.1:80 serves this machine only");
+	assert_string_equal(config.http.address, "0.0.0.0");
+	warns("--role|both|--http-listen|[::]:9641", "--http-listen: whoever reaches this address");
+
+	static const char *const ports[] = {
+	    "9641",        ":9641",        "127.0.0.1",       "127.0.0.1:",   "127.0.0.1:0",
+	    "127.0.0.1:x", "127.0.0.1:-1", "127.0.0.1:65536", "127.0.0.1:1 ", "on"};
+	static const char *const names[] = {"host:80", "*:80", "1.2.3:80", "[127.0.0.1]:80",
+	                                    "[]:80",   "]:80", "[::g]:80"};
+	char flags[512];
+	for (size_t i = 0; i < sizeof ports / sizeof *ports; i++) {
+		snprintf(flags, sizeof flags, "--role|both|--http-listen|%s", ports[i]);
+		refuses(flags, "--http-listen: must be off, or an address and a port from 1 to 65535");
+	}
+	for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
+		snprintf(flags, sizeof flags, "--role|both|--http-listen|%s", names[i]);
+		refuses(flags, "--http-listen: needs an address of this machine, not a name: 127.0.0.1");
+	}
+	snprintf(flags, sizeof flags, "--role|both|--http-listen|%0300d:80", 0);
+	refuses(flags, "needs an address of this machine");
+	refuses("--role|both|--http-listen|http://127.0.0.1:80/", "is a URL, write address and port only");
+	refuses("--role|both|--http-listen|::1:80", "write an IPv6 address in brackets, as in [::1]:9641");
+	refuses("--role|both|--http-listen|[::1:80", "has no ] before the port");
+	refuses_file("{ \"http\": { \"listen\": 9641 } }", "1: http.listen: is a number, must be a text in quotes");
+}
+
 static void version(void **state)
 {
 	assert_silent(CONFIG_PRINTED, load("--version"));
@@ -995,6 +1039,7 @@ int main(void)
 	    TEST(redaction),
 	    TEST(state_directory),
 	    TEST(documents_hold_every_key),
+	    TEST(where_to_listen),
 	    TEST(version),
 	    TEST(the_table_is_sound),
 	    TEST(the_manual_page_is_clean),

@@ -225,7 +225,8 @@ static struct batch_message *add_bytes(struct batch *batch, const char *topic, s
 {
 	struct mqtt_message message = {
 	    .topic = topic, .topic_length = topic_length, .payload = payload, .payload_length = length, .qos = 1};
-	batch_add(batch, &message, max_payload, 1700000000000 + (int64_t)batch->count);
+	static const struct id_rule no_rule;
+	batch_add(batch, &message, &no_rule, max_payload, 1700000000000 + (int64_t)batch->count);
 	return &batch->messages[batch->count - 1];
 }
 
