@@ -56,7 +56,9 @@ struct delivery {
 	int worker_count;
 	struct delivery_parcel **parcels;
 	size_t parcel_count;
-	size_t under_way; /* submitted, not settled */
+	size_t under_way;                                 /* submitted, not settled */
+	struct delivery_parcel *spooling[OUTBOX_BATCHES]; /* in the hands of the outbox, in this order */
+	size_t spooling_count;
 
 	bool away;         /* MongoDB: an attempt is overdue, or has failed as a whole */
 	bool trouble;      /* said, and not yet taken back */
@@ -384,8 +386,10 @@ static void spool_queued(struct delivery *delivery)
 	while (count < OUTBOX_BATCHES && (parcel = first_in(delivery, QUEUED)) != NULL) {
 		parcel->phase = SPOOLING;
 		parcel->spooling = true;
+		delivery->spooling[count] = parcel;
 		batches[count++] = &parcel->batch;
 	}
+	delivery->spooling_count = count;
 	if (count > 0)
 		outbox_commit(delivery->outbox, batches, count);
 }
@@ -400,20 +404,18 @@ static void count_spooled(struct delivery_parcel *parcel)
 	}
 }
 
-static void on_committed(void *owner, bool kept)
+static void on_committed(void *owner, size_t kept)
 {
 	struct delivery *delivery = owner;
 	struct delivery_parcel *parcels[OUTBOX_BATCHES];
-	size_t count = 0;
+	size_t count = delivery->spooling_count;
 	/* All of them before the first is reported: its sender may have others committed at once. */
-	for (size_t i = 0; i < delivery->parcel_count; i++) {
-		if (delivery->parcels[i]->spooling)
-			parcels[count++] = delivery->parcels[i];
-		delivery->parcels[i]->spooling = false;
-	}
+	memcpy(parcels, delivery->spooling, sizeof parcels);
+	for (size_t i = 0; i < count; i++)
+		parcels[i]->spooling = false;
 	for (size_t i = 0; i < count; i++) {
 		struct delivery_parcel *parcel = parcels[i];
-		if (kept) {
+		if (i < kept) {
 			count_spooled(parcel);
 			report(parcel, 0);
 		} else if (parcel->storing) {

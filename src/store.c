@@ -24,7 +24,7 @@
 enum {
 	CHUNK_BYTES = 8 * 1024 * 1024, /* far below the driver's 48 MB per wire message */
 	CHUNK_KEPT = 2 * 1024 * 1024,
-	SERVER_SELECTION_MS = 5000,
+	SERVER_SELECTION_MS = 3000, /* at most two of them in a row, when it stops without MongoDB */
 	CONNECT_MS = 5000,
 	SOCKET_MS = 20000,
 	ERROR_API = 2,
