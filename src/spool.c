@@ -91,13 +91,19 @@ enum statement {
 	STATEMENTS
 };
 
+static const char INSERT_ROW[] =
+    "INSERT INTO message (" SPOOL_COLUMN_NAMES ") VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)";
+static const char INSERT_ROW_UNLESS_THERE[] =
+    "INSERT OR IGNORE INTO message (" SPOOL_COLUMN_NAMES ") VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)";
+static const char READ_ROWS[] = "SELECT " SPOOL_COLUMN_NAMES " FROM message WHERE row > ? ORDER BY row";
+
 static const char *const SQL[STATEMENTS] = {
     [BEGIN] = "BEGIN IMMEDIATE",
     [COMMIT] = "COMMIT",
     [ROLLBACK] = "ROLLBACK",
-    [INSERT] = "INSERT INTO message (" SPOOL_COLUMN_NAMES ") VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+    [INSERT] = INSERT_ROW,
     [COUNT] = "UPDATE tally SET messages = ?, next_row = ?",
-    [READ] = "SELECT " SPOOL_COLUMN_NAMES " FROM message WHERE row > ? ORDER BY row",
+    [READ] = READ_ROWS,
     [REMOVE] = "DELETE FROM message WHERE row BETWEEN ? AND ?",
     [SET_ASIDE] = "INSERT OR REPLACE INTO damaged SELECT * FROM message WHERE row = ?",
     [OLDEST] = "SELECT received_at FROM message ORDER BY row LIMIT 1",
@@ -614,10 +620,7 @@ static int take_tail(struct spool *spool, const uint8_t *wal, size_t wal_bytes, 
 	struct spool_salvage salvage = {
 	    .file = -1, .wal = wal, .wal_bytes = wal_bytes, .first_frame = frames, .least_row = spool->next_row};
 	struct tail tail = {.spool = spool, .greatest = spool->next_row - 1};
-	int code = sqlite3_prepare_v2(spool->database,
-	                              "INSERT OR IGNORE INTO message (" SPOOL_COLUMN_NAMES
-	                              ") VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-	                              -1, &tail.insert, NULL);
+	int code = sqlite3_prepare_v2(spool->database, INSERT_ROW_UNLESS_THERE, -1, &tail.insert, NULL);
 	int64_t messages = (int64_t)atomic_load(&spool->messages);
 	if (code == SQLITE_OK)
 		code = run(spool, BEGIN);
@@ -740,10 +743,7 @@ static int make_target(struct recovery *recovery)
 	if (code == SQLITE_OK)
 		code = make_tables(recovery->target);
 	if (code == SQLITE_OK)
-		code = sqlite3_prepare_v2(recovery->target,
-		                          "INSERT OR IGNORE INTO message (" SPOOL_COLUMN_NAMES
-		                          ") VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-		                          -1, &recovery->insert, NULL);
+		code = sqlite3_prepare_v2(recovery->target, INSERT_ROW_UNLESS_THERE, -1, &recovery->insert, NULL);
 	if (code == SQLITE_OK)
 		code = sqlite3_exec(recovery->target, "BEGIN", NULL, NULL, NULL);
 	return code;
