@@ -188,7 +188,8 @@ static int inspect_broker(struct inspection *inspection, const struct mqtt_handl
 static void describe_spool(const struct config_spool *config)
 {
 	if (config->max_size == 0)
-		printf("would     hold what MongoDB does not take, and hand it back to the broker: spool.max_size is 0\n");
+		printf(
+		    "would     hold what MongoDB does not take, and hand it back to the broker: spool.max_size is 0\n");
 	else
 		printf("would     keep what MongoDB does not take within %lld ms in %s, at most %lld MiB%s\n",
 		       (long long)config->after_ms, config->path, (long long)(config->max_size / (1024 * 1024)),
