@@ -29,6 +29,7 @@ enum config_action {
 	CONFIG_RUN,
 	CONFIG_CHECK,   /* --check: lint, then try broker and database */
 	CONFIG_DRY_RUN, /* --dry-run: print documents, store and acknowledge nothing */
+	CONFIG_REPLAY,  /* --replay-dead-letters: store those dead letters that can be stored now */
 	CONFIG_PRINTED, /* --help, --version, …: already printed to standard output, exit 0 */
 	CONFIG_INVALID, /* already said on standard error, exit 2 */
 };
@@ -108,6 +109,7 @@ struct config {
 	enum log_format log_format;
 	enum config_status log_status; /* the live status line: auto means on a terminal */
 	char *file;                    /* -c FILE, or NULL */
+	char *replay_filter;           /* --filter, a MongoDB query as extended JSON, or NULL: all dead letters */
 };
 
 /*

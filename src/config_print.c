@@ -27,6 +27,11 @@ static const struct {
      "as in {\"mqtt\": {\"host\": \"broker\"}}; file names in it are relative to the current directory"},
     {"--check", "check the settings, then try broker and database and say what would be done"},
     {"--dry-run", "print documents instead of storing them; acknowledge nothing"},
+    {"--replay-dead-letters",
+     "store those dead letters that can be stored now, delete each when it is, print what was done; may run beside the "
+     "service, be interrupted and be repeated"},
+    {"--filter JSON", "with --replay-dead-letters, only those that this MongoDB query finds, as in '{\"reason.code\": "
+                      "\"unique_index\"}'"},
     {"--version", "print the version, also of the libraries"},
     {"-h, --help", "print this text"},
     {"--man", "print the manual page: mqtt2mongo --man | man -l -"},

@@ -3,6 +3,7 @@
 #include "config.h"
 #include "inspect.h"
 #include "log.h"
+#include "replay.h"
 #include "service.h"
 
 #include <malloc.h>
@@ -73,6 +74,9 @@ int main(int argc, char **argv)
 		break;
 	case CONFIG_DRY_RUN:
 		exit_code = inspect_dry_run(&config);
+		break;
+	case CONFIG_REPLAY:
+		exit_code = replay_dead_letters(&config);
 		break;
 	case CONFIG_PRINTED:
 		break;

@@ -125,13 +125,13 @@ static void print_part(FILE *out, const cJSON *part)
 	}
 }
 
-static char *print_text(const cJSON *sums)
+char *metrics_text(const cJSON *parts)
 {
 	char *text = NULL;
 	size_t size = 0;
 	FILE *out = open_memstream(&text, &size);
 	const cJSON *part;
-	cJSON_ArrayForEach (part, sums) {
+	cJSON_ArrayForEach (part, parts) {
 		print_part(out, part);
 	}
 	fclose(out);
@@ -148,7 +148,7 @@ char *metrics_sums(const struct metrics_consumer *consumer, const struct metrics
 		text = memory_format("%s\n", printed);
 		cJSON_free(printed);
 	} else {
-		text = print_text(cJSON_GetObjectItemCaseSensitive(root, "sums"));
+		text = metrics_text(cJSON_GetObjectItemCaseSensitive(root, "sums"));
 	}
 	cJSON_Delete(root);
 	return text;

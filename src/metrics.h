@@ -41,6 +41,8 @@ struct metrics_publisher {
 	uint64_t no_subscribers; /* of those acked: nobody was subscribed */
 };
 
+struct cJSON;
+
 struct metrics_loop {
 	uint64_t longest_iteration_us; /* the time the loop was not waiting, at its worst */
 	uint64_t iterations;
@@ -50,6 +52,9 @@ struct metrics_loop {
 uint64_t metrics_in_flight(const struct metrics_consumer *consumer);
 uint64_t metrics_total(const uint64_t *counters, int count);
 uint64_t metrics_unacknowledged(const struct metrics_publisher *publisher);
+
+/* `parts`, an object of objects, as text for people: for each its name, then a line for each value. Allocated. */
+char *metrics_text(const struct cJSON *parts);
 
 /*
  * The sums, allocated: one JSON object on one line, or text for people. Parts that do not run are NULL.
