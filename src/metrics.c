@@ -92,6 +92,16 @@ static void add_publisher(cJSON *sums, const struct metrics_publisher *publisher
 	add(object, "no_subscribers", publisher->no_subscribers);
 }
 
+static void add_check(cJSON *sums, const struct metrics_check *check)
+{
+	cJSON *object = cJSON_AddObjectToObject(sums, "check");
+	add(object, "generated", check->generated);
+	add(object, "acked", check->acked);
+	add(object, "distinct", check->distinct);
+	add(object, "duplicates", check->duplicates);
+	add(object, "missing", check->missing);
+}
+
 static cJSON *sums_tree(const struct metrics_consumer *consumer, const struct metrics_publisher *publisher,
                         const struct metrics_loop *loop)
 {
@@ -101,6 +111,8 @@ static cJSON *sums_tree(const struct metrics_consumer *consumer, const struct me
 		add_publisher(sums, publisher);
 	if (consumer != NULL)
 		add_consumer(sums, consumer);
+	if (publisher != NULL && publisher->check.made)
+		add_check(sums, &publisher->check);
 	cJSON *object = cJSON_AddObjectToObject(sums, "loop");
 	cJSON_AddNumberToObject(object, "longest_iteration_ms", (double)loop->longest_iteration_us / 1000.0);
 	add(object, "iterations", loop->iterations);

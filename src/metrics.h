@@ -33,12 +33,22 @@ struct metrics_consumer {
 	uint64_t largest_batch;
 };
 
+/* The count check: what of a run of the publisher is in MongoDB; see count_check.h. */
+struct metrics_check {
+	bool made;
+	uint64_t generated, acked;
+	uint64_t distinct;   /* of those generated, stored or dead letters */
+	uint64_t duplicates; /* documents and dead letters beyond one for each */
+	uint64_t missing;    /* neither refused by the broker nor there */
+};
+
 struct metrics_publisher {
 	uint64_t generated;
-	uint64_t acked;          /* QoS 0: written to the socket */
-	uint64_t failed;         /* refused by the broker, or not taken by the library */
-	uint64_t skipped;        /* not generated in time: disconnected, or too many unacknowledged */
-	uint64_t no_subscribers; /* of those acked: nobody was subscribed */
+	uint64_t acked;             /* QoS 0: written to the socket */
+	uint64_t failed;            /* refused by the broker, or not taken by the library */
+	uint64_t skipped;           /* not generated in time: disconnected, or too many unacknowledged */
+	uint64_t no_subscribers;    /* of those acked: nobody was subscribed */
+	struct metrics_check check; /* of the last run that had a publisher.count */
 };
 
 struct cJSON;

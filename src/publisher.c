@@ -9,6 +9,7 @@
 
 #include <math.h>
 #include <mqtt_protocol.h>
+#include <stdio.h>
 #include <stdlib.h>
 
 enum {
@@ -28,6 +29,7 @@ struct publisher {
 	void *owner;
 	struct mqtt *mqtt;
 	struct template *template;
+	struct publisher_run run;
 	char *topic; /* TOPIC_BYTES */
 	uv_timer_t timer;
 	uint64_t started_at; /* hrtime of the schedule's message 0; 0: not begun */
@@ -227,6 +229,8 @@ struct publisher *publisher_start(uv_loop_t *loop, const struct config *config, 
 	publisher->handler = *handler;
 	publisher->owner = owner;
 	publisher->template = template_create(config->publisher.devices, choose_seed(&config->publisher));
+	publisher->run = (struct publisher_run){.began_ms = clock_wall_ms(), .began_hrtime = uv_hrtime()};
+	snprintf(publisher->run.name, sizeof publisher->run.name, "%s", template_run(publisher->template));
 	publisher->topic = memory_zeroed(1, TOPIC_BYTES);
 	uv_timer_init(loop, &publisher->timer);
 	char *client_id = memory_format("%s-pub", state_client_id(state, config->mqtt.client_id));
@@ -297,6 +301,11 @@ void publisher_hurry(struct publisher *publisher)
 		close_now(publisher);
 	else if (publisher->mqtt != NULL)
 		mqtt_close(publisher->mqtt, mqtt_closed);
+}
+
+struct publisher_run publisher_run(const struct publisher *publisher)
+{
+	return publisher->run;
 }
 
 const char *publisher_status(const struct publisher *publisher)
