@@ -153,7 +153,7 @@ static void keep_result(struct count_check *check)
 {
 	const struct tally *tally = &check->scan.tally;
 	*check->inputs.result = (struct metrics_check){
-	    .made = true,
+	    .made = check->inputs.result->made + 1,
 	    .generated = check->inputs.publisher.generated,
 	    .acked = check->inputs.publisher.acked,
 	    .distinct = tally->distinct,

@@ -111,7 +111,7 @@ static cJSON *sums_tree(const struct metrics_consumer *consumer, const struct me
 		add_publisher(sums, publisher);
 	if (consumer != NULL)
 		add_consumer(sums, consumer);
-	if (publisher != NULL && publisher->check.made)
+	if (publisher != NULL && publisher->check.made > 0)
 		add_check(sums, &publisher->check);
 	cJSON *object = cJSON_AddObjectToObject(sums, "loop");
 	cJSON_AddNumberToObject(object, "longest_iteration_ms", (double)loop->longest_iteration_us / 1000.0);

@@ -35,7 +35,7 @@ struct metrics_consumer {
 
 /* The count check: what of a run of the publisher is in MongoDB; see count_check.h. */
 struct metrics_check {
-	bool made;
+	uint64_t made; /* how often it was counted; 0: not at all, and the rest means nothing */
 	uint64_t generated, acked;
 	uint64_t distinct;   /* of those generated, stored or dead letters */
 	uint64_t duplicates; /* documents and dead letters beyond one for each */

@@ -44,11 +44,12 @@ struct replay {
 	bson_t *filter;
 	struct batch batch;
 	struct reading reading;
-	bson_oid_t after, newest; /* what is still to be read: after < _id <= newest */
-	bool begun;               /* `after` means something */
-	bool any;                 /* `newest` does */
-	bool ending;              /* no second attempts any more */
-	uint64_t said_at;         /* the last line on its progress, hrtime */
+	uint8_t digest[BATCH_DIGEST_BYTES]; /* of the letter at hand */
+	bson_oid_t after, newest;           /* what is still to be read: after < _id <= newest */
+	bool begun;                         /* `after` means something */
+	bool any;                           /* `newest` does */
+	bool ending;                        /* no second attempts any more */
+	uint64_t said_at;                   /* the last line on its progress, hrtime */
 
 	uint64_t looked_at, moved;
 	uint64_t failing[DOCUMENT_REASONS];
@@ -137,11 +138,10 @@ static void count_others(struct replay *replay, struct store_report *report)
 
 static void restore(struct replay *replay, struct batch_record *record)
 {
-	uint8_t digest[BATCH_DIGEST_BYTES];
 	record->tried = true; /* by a replay that was cut short between writing and deleting */
 	if (record->payload_length > (uint64_t)replay->config->consumer.max_payload) {
-		batch_digest(record->payload, record->payload_length, digest);
-		record->digest = digest;
+		batch_digest(record->payload, record->payload_length, replay->digest);
+		record->digest = replay->digest;
 	}
 	batch_restore(&replay->batch, record);
 }

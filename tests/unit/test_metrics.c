@@ -206,7 +206,7 @@ static void the_count_check(void **state)
 	assert_null(cJSON_GetObjectItemCaseSensitive(sums, "check"));
 	cJSON_Delete(sums);
 	publisher.check = (struct metrics_check){
-	    .made = true, .generated = 100, .acked = 99, .distinct = 90, .duplicates = 7, .missing = 8};
+	    .made = 3, .generated = 100, .acked = 99, .distinct = 90, .duplicates = 7, .missing = 8};
 	sums = parse_sums(NULL, &publisher, &some_loop);
 	assert_number(sums, "check.generated", 100);
 	assert_number(sums, "check.acked", 99);
