@@ -288,11 +288,12 @@ def slow(mongod):
     mongod.fail("off", [])
 
 
-def five_thousand(service, mosquitto, mongod, collection):
+def bury_many(service, mosquitto, mongod, collection, count=5000):
+    """That many dead letters that can be replayed."""
     refuse_all(collection)
-    letters = bury(service, mosquitto(), mongod, collection, 5000)
+    letters = bury(service, mosquitto(), mongod, collection, count)
     refuse_nothing(collection)
-    assert len(letters) == 5000
+    assert len(letters) == count
     return {letter["_id"]: letter for letter in letters}
 
 
@@ -311,7 +312,7 @@ def check_all_there(collection, letters):
 @pytest.mark.not_sanitized("it is about moments, and starting takes too long there")
 def test_kill_9_at_any_moment(mosquitto, mongod, service, database, collection, request):
     """20 times killed, each time somewhere else: every message is in one of the collections, or in both; in the end once."""
-    letters = five_thousand(service, mosquitto, mongod, collection)
+    letters = bury_many(service, mosquitto, mongod, collection, 10_000)  # 20 batches: not done before the last kill
     request.getfixturevalue("slow")
     both = []
     for number in range(20):
@@ -332,7 +333,7 @@ def test_kill_9_at_any_moment(mosquitto, mongod, service, database, collection, 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_it_after_the_batch(mosquitto, mongod, service, database, collection, request, number):
-    letters = five_thousand(service, mosquitto, mongod, collection)
+    letters = bury_many(service, mosquitto, mongod, collection)
     request.getfixturevalue("slow")
     running = replay(service, mongod, collection)
     wait_until(lambda: collection.count_documents({}) > 0, what="something is moved")
@@ -349,7 +350,7 @@ def test_a_signal_ends_it_after_the_batch(mosquitto, mongod, service, database, 
 def test_mongodb_frozen_in_the_middle(mosquitto, fresh_mongod, service):
     server = fresh_mongod()
     collection = server.client().plant.messages
-    letters = five_thousand(service, mosquitto, server, collection)
+    letters = bury_many(service, mosquitto, server, collection)
     server.fail("alwaysOn", ["insert", "delete"], **SLOW)
     running = replay(service, server, collection)
     wait_until(lambda: collection.count_documents({}) > 0, what="something is moved")
@@ -388,7 +389,7 @@ def test_mongodb_gone(mosquitto, fresh_mongod, service):
     """MongoDB dies in the middle and stays away: it gives up, says what it has done, and a repeat does the rest."""
     server = fresh_mongod()
     collection = server.client().plant.messages
-    letters = five_thousand(service, mosquitto, server, collection)
+    letters = bury_many(service, mosquitto, server, collection)
     server.fail("alwaysOn", ["insert", "delete"], **SLOW)
     running = replay(service, server, collection)
     wait_until(lambda: letters_of(collection).count_documents({}) <= 4000, what="something is moved")
