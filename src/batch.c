@@ -33,12 +33,16 @@ static size_t keep_bytes(struct buffer *arena, const void *bytes, size_t length)
 	return offset;
 }
 
+void batch_digest(const void *bytes, size_t length, uint8_t digest[BATCH_DIGEST_BYTES])
+{
+	memset(digest, 0, BATCH_DIGEST_BYTES);
+	EVP_Digest(bytes, length, digest, NULL, EVP_sha256(), NULL);
+}
+
 static size_t keep_digest(struct buffer *arena, const void *bytes, size_t length)
 {
 	size_t offset = arena->length;
-	uint8_t *place = buffer_extend(arena, BATCH_DIGEST_BYTES);
-	memset(place, 0, BATCH_DIGEST_BYTES);
-	EVP_Digest(bytes, length, place, NULL, EVP_sha256(), NULL);
+	batch_digest(bytes, length, buffer_extend(arena, BATCH_DIGEST_BYTES));
 	return offset;
 }
 

@@ -14,8 +14,10 @@
 #define _GNU_SOURCE
 #include "config_table.h"
 
+#include "json.h"
 #include "memory.h"
 
+#include <bson/bson.h>
 #include <stdarg.h>
 #include <stdlib.h>
 #include <string.h>
@@ -429,10 +431,41 @@ static void read_file_flag(struct config_loader *loader, struct arguments *argum
 static void read_action(struct config_loader *loader, enum config_action action)
 {
 	if (loader->action != CONFIG_RUN && loader->action != action)
-		config_error(loader,
-		             "--check, --dry-run, --spool-status and --spool-export exclude each other, give one of "
-		             "them");
+		config_error(
+		    loader, "--check, --dry-run, --spool-status, --spool-export and --replay-dead-letters exclude each "
+			    "other, give one of them");
 	loader->action = action;
+}
+
+/* Strict JSON first, which says where it goes wrong; then what MongoDB's extended JSON makes of it. */
+static char *filter_fault(const char *text)
+{
+	struct buffer discarded = {0};
+	struct json_fault fault;
+	size_t length = strlen(text);
+	enum json_code code = json_to_bson(text, length, "", length * 8 + 64, &discarded, &fault);
+	buffer_finish(&discarded);
+	if (code != JSON_OK)
+		return memory_format("no JSON: %s at byte %zu", fault.message, fault.offset);
+	if (text[strspn(text, " \t\r\n")] != '{')
+		return memory_string("a query is an object, as in {\"reason.code\": \"unique_index\"}");
+	bson_error_t error;
+	bson_t *filter = bson_new_from_json((const uint8_t *)text, (ssize_t)length, &error);
+	bson_destroy(filter);
+	return filter == NULL ? memory_format("no extended JSON: %s", error.message) : NULL;
+}
+
+static void read_filter(struct config_loader *loader, struct arguments *arguments, char *behind_name)
+{
+	const char *text = take_value(arguments, behind_name);
+	char *fault = text == NULL ? memory_string("needs a query, as in --filter='{\"topic\": \"sensors/a\"}'")
+	              : loader->config->replay_filter != NULL ? memory_string("is given twice")
+	                                                      : filter_fault(text);
+	if (fault != NULL)
+		config_error(loader, "--filter: %s", fault);
+	else
+		loader->config->replay_filter = memory_string(text);
+	free(fault);
 }
 
 /* Complain without quoting what may be a secret: a value behind an unknown flag is neither shown nor taken as a flag.
@@ -472,6 +505,10 @@ static void read_argument(struct config_loader *loader, struct arguments *argume
 		read_action(loader, CONFIG_SPOOL_STATUS);
 	else if (strcmp(argument, "--spool-export") == 0)
 		read_action(loader, CONFIG_SPOOL_EXPORT);
+	else if (strcmp(argument, "--replay-dead-letters") == 0)
+		read_action(loader, CONFIG_REPLAY);
+	else if (length == strlen("--filter") && strncmp(argument, "--filter", length) == 0)
+		read_filter(loader, arguments, argument + length);
 	else
 		unknown_argument(loader, arguments, argument, length);
 }
@@ -496,17 +533,21 @@ static bool print_and_end(struct config_loader *loader, int argc, char **argv)
 	return false;
 }
 
-/* What the action implies when no role is given: a check looks at both sides, a dry run consumes. */
+/* What the action implies when no role is given: a check looks at both sides, the others consume. */
 static void settle_role(struct config_loader *loader)
 {
 	struct config *config = loader->config;
 	if (loader->action == CONFIG_CHECK && config->role == CONFIG_ROLE_NONE)
 		config->role = CONFIG_ROLE_BOTH;
-	if (loader->action != CONFIG_DRY_RUN)
+	if (config->replay_filter != NULL && loader->action != CONFIG_REPLAY)
+		config_error(loader, "--filter says which dead letters to replay, it needs --replay-dead-letters");
+	if (loader->action != CONFIG_DRY_RUN && loader->action != CONFIG_REPLAY)
 		return;
 	if (config->role == CONFIG_ROLE_PUBLISHER)
-		config_error(loader, "%s: --dry-run shows what the consumer would store, the role must be consumer",
-		             config_place(loader, "role"));
+		config_error(loader, "%s: %s, the role must be consumer", config_place(loader, "role"),
+		             loader->action == CONFIG_REPLAY
+		                 ? "--replay-dead-letters stores what the consumer could not"
+		                 : "--dry-run shows what the consumer would store");
 	config->role = CONFIG_ROLE_CONSUMER;
 }
 
@@ -564,5 +605,6 @@ void config_finish(struct config *config)
 	}
 	id_rule_finish(&config->consumer.id);
 	free(config->file);
+	free(config->replay_filter);
 	*config = (struct config){0};
 }

@@ -32,6 +32,7 @@ enum config_action {
 	CONFIG_DRY_RUN,      /* --dry-run: print documents, store and acknowledge nothing */
 	CONFIG_SPOOL_STATUS, /* --spool-status: print how much the spool holds */
 	CONFIG_SPOOL_EXPORT, /* --spool-export: print its messages */
+	CONFIG_REPLAY,       /* --replay-dead-letters: store those dead letters that can be stored now */
 	CONFIG_PRINTED,      /* --help, --version, …: already printed to standard output, exit 0 */
 	CONFIG_INVALID,      /* already said on standard error, exit 2 */
 };
@@ -129,6 +130,7 @@ struct config {
 	enum log_format log_format;
 	enum config_status log_status; /* the live status line: auto means on a terminal */
 	char *file;                    /* -c FILE, or NULL */
+	char *replay_filter;           /* --filter, a MongoDB query as extended JSON, or NULL: all dead letters */
 };
 
 /*

@@ -17,7 +17,8 @@ enum { NAME_SIZE = 64 };
 static const char PREFIX[] = "MQTT2MONGO_";
 
 /* Flags that are no keys. */
-static const char *const PLAIN_FLAGS[] = {"config", "check", "dry-run", "version", "help", "man", "markdown"};
+static const char *const PLAIN_FLAGS[] = {"config", "check", "dry-run", "replay-dead-letters", "filter", "version",
+                                          "help",   "man",   "markdown"};
 
 /* Other tools' words for our keys, without the section; '_' for every separator. */
 static const struct {

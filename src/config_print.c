@@ -34,6 +34,11 @@ static const struct {
     {"--spool-export",
      "print the messages of the spool, one line of canonical extended JSON each, and leave them there; "
      "also beside a running service"},
+    {"--replay-dead-letters",
+     "store those dead letters that can be stored now, delete each when it is, print what was done; may run beside the "
+     "service, be interrupted and be repeated"},
+    {"--filter JSON", "with --replay-dead-letters, only those that this MongoDB query finds, as in '{\"reason.code\": "
+                      "\"unique_index\"}'"},
     {"--version", "print the version, also of the libraries"},
     {"-h, --help", "print this text"},
     {"--man", "print the manual page: mqtt2mongo --man | man -l -"},

@@ -124,6 +124,15 @@ static void put_escaped_element(struct buffer *out, const char *name, const char
 	put_uint32_at(out->data + start, (uint32_t)(out->length - start - 4));
 }
 
+/* As it came, so that the message can be stored from its dead letter; shown where BSON cannot hold it. */
+static void put_topic(struct buffer *out, const char *topic, size_t length)
+{
+	if (is_text(topic, length))
+		put_string_element(out, "topic", topic, length);
+	else
+		put_escaped_element(out, "topic", topic, length, length);
+}
+
 static void put_id(struct buffer *out, const struct batch_message *message)
 {
 	put_name(out, BSON_OID_TYPE, "_id");
@@ -207,10 +216,10 @@ bool document_build(const struct batch *batch, const struct batch_message *messa
                     struct buffer *out, struct document_fault *fault)
 {
 	const char *topic = batch_topic(batch, message);
+	if (!is_text(topic, message->topic_length)) /* first: this reason tells that the dead letter lacks the topic */
+		return refuse(fault, DOCUMENT_TOPIC_UTF8, "topic is not UTF-8", 0);
 	if (message->oversized)
 		return refuse(fault, DOCUMENT_PAYLOAD_SIZE, "payload above consumer.max_payload", 0);
-	if (!is_text(topic, message->topic_length))
-		return refuse(fault, DOCUMENT_TOPIC_UTF8, "topic is not UTF-8", 0);
 
 	size_t start = open_document(out);
 	put_id(out, message);
@@ -254,7 +263,7 @@ void document_dead_letter(const struct batch *batch, const struct batch_message 
 	const char *code = document_reason_name(fault->reason);
 	size_t start = open_document(out);
 	put_id(out, message);
-	put_escaped_element(out, "topic", batch_topic(batch, message), message->topic_length, message->topic_length);
+	put_topic(out, batch_topic(batch, message), message->topic_length);
 	put_binary_element(out, "payload", payload, message->payload_length);
 	put_escaped_element(out, "preview", payload, message->payload_length, PREVIEW_CHARACTERS);
 
@@ -275,4 +284,146 @@ void document_dead_letter(const struct batch *batch, const struct batch_message 
 		put_binary_element(out, "sha256", batch->arena.data + message->digest, BATCH_DIGEST_BYTES);
 	}
 	close_document(out, start);
+}
+
+/* ---- a dead letter read back ---- */
+
+enum field {
+	ID,
+	TOPIC,
+	PAYLOAD,
+	PREVIEW,
+	REASON,
+	RECEIVED_AT,
+	QOS,
+	RETAIN,
+	DUP,
+	ROUTE,
+	NEEDED,
+	PROPERTIES = NEEDED,
+	CUT,
+	FIELDS = CUT + 3
+};
+
+static const struct {
+	const char *name;
+	bson_type_t type;
+} fields[FIELDS] = {
+    [ID] = {"_id", BSON_TYPE_OID},
+    [TOPIC] = {"topic", BSON_TYPE_UTF8},
+    [PAYLOAD] = {"payload", BSON_TYPE_BINARY},
+    [PREVIEW] = {"preview", BSON_TYPE_UTF8},
+    [REASON] = {"reason", BSON_TYPE_DOCUMENT},
+    [RECEIVED_AT] = {"received_at", BSON_TYPE_DATE_TIME},
+    [QOS] = {"qos", BSON_TYPE_INT32},
+    [RETAIN] = {"retain", BSON_TYPE_BOOL},
+    [DUP] = {"dup", BSON_TYPE_BOOL},
+    [ROUTE] = {"route", BSON_TYPE_UTF8},
+    [PROPERTIES] = {"user_properties", BSON_TYPE_DOCUMENT},
+    [CUT] = {"truncated", BSON_TYPE_BOOL},
+    [CUT + 1] = {"length", BSON_TYPE_INT64},
+    [CUT + 2] = {"sha256", BSON_TYPE_BINARY},
+};
+
+static int field_named(const char *name)
+{
+	int field = 0;
+	while (field < FIELDS && strcmp(name, fields[field].name) != 0)
+		field++;
+	return field;
+}
+
+static bool has_code(const bson_iter_t *reason, const char *code)
+{
+	bson_iter_t iter;
+	return bson_iter_recurse(reason, &iter) && bson_iter_find(&iter, "code") && BSON_ITER_HOLDS_UTF8(&iter) &&
+	       strcmp(bson_iter_utf8(&iter, NULL), code) == 0;
+}
+
+/* Keep a field of the right type in `record`. False: its value cannot be one of ours. */
+/* The user properties as they are kept with a message. */
+static bool read_properties(const bson_iter_t *iter, struct buffer *properties)
+{
+	bson_iter_t pair;
+	bool known = bson_iter_recurse(iter, &pair);
+	while (known && bson_iter_next(&pair)) {
+		bson_subtype_t subtype;
+		const uint8_t *bytes = NULL;
+		uint32_t length = 0;
+		if (BSON_ITER_HOLDS_UTF8(&pair))
+			bytes = (const uint8_t *)bson_iter_utf8(&pair, &length);
+		else if (BSON_ITER_HOLDS_BINARY(&pair))
+			bson_iter_binary(&pair, &subtype, &length, &bytes);
+		char *value = bytes != NULL ? strndup((const char *)bytes, length) : NULL;
+		known = value != NULL && strlen(value) == length;
+		if (known)
+			id_keep_property(properties, bson_iter_key(&pair), value);
+		free(value);
+	}
+	return known;
+}
+
+static bool read_field(int field, const bson_iter_t *iter, struct batch_record *record, enum document_letter *kind,
+                       struct buffer *properties)
+{
+	bson_subtype_t subtype;
+	const uint8_t *bytes;
+	switch (field) {
+	case ID:
+		record->id = *bson_iter_oid(iter);
+		return true;
+	case TOPIC:
+		record->topic = bson_iter_utf8(iter, &record->topic_length);
+		return is_text(record->topic, record->topic_length);
+	case PAYLOAD:
+		bson_iter_binary(iter, &subtype, &record->payload_length, &bytes);
+		record->payload = bytes;
+		record->full_length = record->payload_length;
+		return subtype == BSON_SUBTYPE_BINARY;
+	case REASON:
+		if (has_code(iter, document_reason_name(DOCUMENT_TOPIC_UTF8)))
+			*kind = DOCUMENT_LETTER_TOPIC;
+		return true;
+	case RECEIVED_AT:
+		record->received_at = bson_iter_date_time(iter);
+		return true;
+	case QOS:
+		record->qos = (uint8_t)bson_iter_int32(iter);
+		return bson_iter_int32(iter) >= 0 && bson_iter_int32(iter) <= 2;
+	case PROPERTIES:
+		return read_properties(iter, properties);
+	case RETAIN:
+		record->retain = bson_iter_bool(iter);
+		return true;
+	case DUP:
+		record->dup = bson_iter_bool(iter);
+		return true;
+	default:
+		return true;
+	}
+}
+
+enum document_letter document_read_dead_letter(const bson_t *letter, struct batch_record *record,
+                                               struct buffer *properties)
+{
+	bson_iter_t iter;
+	bool seen[FIELDS] = {false};
+	enum document_letter kind = DOCUMENT_LETTER_WHOLE;
+	*record = (struct batch_record){0};
+	properties->length = 0;
+	if (!bson_iter_init(&iter, letter))
+		return DOCUMENT_LETTER_STRANGE;
+	while (bson_iter_next(&iter)) {
+		int field = field_named(bson_iter_key(&iter));
+		if (field == FIELDS || seen[field] || bson_iter_type(&iter) != fields[field].type ||
+		    !read_field(field, &iter, record, &kind, properties))
+			return DOCUMENT_LETTER_STRANGE;
+		seen[field] = true;
+	}
+	for (int field = 0; field < NEEDED; field++)
+		if (!seen[field])
+			return DOCUMENT_LETTER_STRANGE;
+	record->properties = properties->data;
+	record->properties_length = (uint32_t)properties->length;
+	return seen[CUT] ? DOCUMENT_LETTER_TRUNCATED : kind;
 }

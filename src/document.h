@@ -28,6 +28,16 @@ enum document_reason {
 	DOCUMENT_REASONS                          /* how many there are */
 };
 
+/* What a dead letter is for a second attempt. */
+enum document_letter {
+	DOCUMENT_LETTER_WHOLE,     /* it holds the message as it was received */
+	DOCUMENT_LETTER_TRUNCATED, /* not all of the payload was kept */
+	DOCUMENT_LETTER_TOPIC,     /* the topic is not UTF-8 and could only be kept for people */
+	DOCUMENT_LETTER_STRANGE, /* a field is missing, of another type, or not one of ours: not our letter, or changed
+	                          */
+	DOCUMENT_LETTERS         /* how many there are */
+};
+
 struct document_fault {
 	enum document_reason reason;
 	const char *message; /* borrowed; any bytes, stored as valid UTF-8 */
@@ -54,5 +64,13 @@ static inline bool document_has_object_id(const uint8_t *document)
 /* Append the dead letter of `message` to `out`. `route` names the topic filter it came by. */
 void document_dead_letter(const struct batch *batch, const struct batch_message *message,
                           const struct document_fault *fault, const char *route, struct buffer *out);
+
+/*
+ * Read the message back out of a dead letter. `record` is filled, without digest, when DOCUMENT_LETTER_WHOLE is
+ * returned; it points into `letter`, and
+ * for the user properties into `properties`, whose contents are replaced.
+ */
+enum document_letter document_read_dead_letter(const bson_t *letter, struct batch_record *record,
+                                               struct buffer *properties);
 
 #endif

@@ -3,6 +3,7 @@
 #include "config.h"
 #include "inspect.h"
 #include "log.h"
+#include "replay.h"
 #include "service.h"
 #include "spool.h"
 
@@ -80,6 +81,9 @@ int main(int argc, char **argv)
 		break;
 	case CONFIG_SPOOL_EXPORT:
 		exit_code = spool_export(&config.spool);
+		break;
+	case CONFIG_REPLAY:
+		exit_code = replay_dead_letters(&config);
 		break;
 	case CONFIG_PRINTED:
 		break;

@@ -169,6 +169,16 @@ static void add_publisher(cJSON *sums, const struct metrics_publisher *publisher
 	add(object, "no_subscribers", publisher->no_subscribers);
 }
 
+static void add_check(cJSON *sums, const struct metrics_check *check)
+{
+	cJSON *object = cJSON_AddObjectToObject(sums, "check");
+	add(object, "generated", check->generated);
+	add(object, "acked", check->acked);
+	add(object, "distinct", check->distinct);
+	add(object, "duplicates", check->duplicates);
+	add(object, "missing", check->missing);
+}
+
 cJSON *metrics_sums_tree(const struct metrics_consumer *consumer, const struct metrics_publisher *publisher,
                          const struct metrics_loop *loop)
 {
@@ -178,6 +188,8 @@ cJSON *metrics_sums_tree(const struct metrics_consumer *consumer, const struct m
 		add_publisher(sums, publisher);
 	if (consumer != NULL)
 		add_consumer(sums, consumer);
+	if (publisher != NULL && publisher->check.made > 0)
+		add_check(sums, &publisher->check);
 	cJSON *object = cJSON_AddObjectToObject(sums, "loop");
 	cJSON_AddNumberToObject(object, "longest_iteration_ms", (double)loop->longest_iteration_us / 1000.0);
 	add(object, "iterations", loop->iterations);
@@ -202,13 +214,13 @@ static void print_part(FILE *out, const cJSON *part)
 	}
 }
 
-static char *print_text(const cJSON *sums)
+char *metrics_text(const cJSON *parts)
 {
 	char *text = NULL;
 	size_t size = 0;
 	FILE *out = open_memstream(&text, &size);
 	const cJSON *part;
-	cJSON_ArrayForEach (part, sums) {
+	cJSON_ArrayForEach (part, parts) {
 		print_part(out, part);
 	}
 	fclose(out);
@@ -225,7 +237,7 @@ char *metrics_sums(const struct metrics_consumer *consumer, const struct metrics
 		text = memory_format("%s\n", printed);
 		cJSON_free(printed);
 	} else {
-		text = print_text(cJSON_GetObjectItemCaseSensitive(root, "sums"));
+		text = metrics_text(cJSON_GetObjectItemCaseSensitive(root, "sums"));
 	}
 	cJSON_Delete(root);
 	return text;

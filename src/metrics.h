@@ -56,17 +56,29 @@ struct metrics_consumer {
 	int64_t spool_oldest_ms; /* when the oldest message in it was received, ms since 1970; 0: it is empty */
 };
 
+/* The count check: what of a run of the publisher is in MongoDB; see count_check.h. */
+struct metrics_check {
+	uint64_t made; /* how often it was counted; 0: not at all, and the rest means nothing */
+	uint64_t generated, acked;
+	uint64_t distinct;   /* of those generated, stored or dead letters */
+	uint64_t duplicates; /* documents and dead letters beyond one for each */
+	uint64_t missing;    /* neither refused by the broker nor there */
+};
+
 struct metrics_publisher {
 	uint64_t generated;
 	uint64_t acked;                           /* QoS 0: written to the socket */
 	uint64_t failed;                          /* refused by the broker, or not taken by the library */
 	uint64_t skipped;                         /* not generated in time: disconnected, or too many unacknowledged */
 	uint64_t no_subscribers;                  /* of those acked: nobody was subscribed */
+	struct metrics_check check;               /* of the last run that had a publisher.count */
 	struct metrics_histogram publish_latency; /* from handing a message to the library until it is acknowledged */
 };
 
 /* The time the loop was not waiting. The longest since the start, and the longest lately: a minute in slices. */
 enum { METRICS_SLICES = 6, METRICS_SLICE_MS = 10000 };
+
+struct cJSON;
 
 struct metrics_loop {
 	uint64_t longest_iteration_us;
@@ -123,6 +135,8 @@ const char *metrics_cause_name(enum metrics_cause cause);
 /* The object that metrics_sums() prints, its "sums" shell included; freed by cJSON_Delete(). */
 struct cJSON *metrics_sums_tree(const struct metrics_consumer *consumer, const struct metrics_publisher *publisher,
                                 const struct metrics_loop *loop);
+/* `parts`, an object of objects, as text for people: for each its name, then a line for each value. Allocated. */
+char *metrics_text(const struct cJSON *parts);
 
 /*
  * The sums, allocated: one JSON object on one line, or text for people. Parts that do not run are NULL.

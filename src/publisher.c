@@ -9,6 +9,7 @@
 
 #include <math.h>
 #include <mqtt_protocol.h>
+#include <stdio.h>
 #include <stdlib.h>
 
 enum {
@@ -29,6 +30,7 @@ struct publisher {
 	void *owner;
 	struct mqtt *mqtt;
 	struct template *template;
+	struct publisher_run run;
 	char *topic; /* TOPIC_BYTES */
 	uv_timer_t timer;
 	uint64_t started_at; /* hrtime of the schedule's message 0; 0: not begun */
@@ -249,6 +251,8 @@ struct publisher *publisher_start(uv_loop_t *loop, const struct config *config, 
 	publisher->handler = *handler;
 	publisher->owner = owner;
 	publisher->template = template_create(config->publisher.devices, choose_seed(&config->publisher));
+	publisher->run = (struct publisher_run){.began_ms = clock_wall_ms(), .began_hrtime = uv_hrtime()};
+	snprintf(publisher->run.name, sizeof publisher->run.name, "%s", template_run(publisher->template));
 	publisher->topic = memory_zeroed(1, TOPIC_BYTES);
 	if (config->http.enabled)
 		publisher->published_at = memory_zeroed(IDS, sizeof *publisher->published_at);
@@ -327,6 +331,11 @@ void publisher_hurry(struct publisher *publisher)
 bool publisher_is_up(const struct publisher *publisher)
 {
 	return publisher->mqtt != NULL && mqtt_is_up(publisher->mqtt);
+}
+
+struct publisher_run publisher_run(const struct publisher *publisher)
+{
+	return publisher->run;
 }
 
 const char *publisher_status(const struct publisher *publisher)

@@ -17,6 +17,13 @@
 
 struct publisher;
 
+/* One life of a publisher. */
+struct publisher_run {
+	char name[16];         /* in each of its messages */
+	int64_t began_ms;      /* wall clock, before the first message */
+	uint64_t began_hrtime; /* the same moment */
+};
+
 struct publisher_handler {
 	/* publisher.count messages were generated and all of them acknowledged or failed. Once. */
 	void (*done)(void *owner);
@@ -39,6 +46,7 @@ void publisher_hurry(struct publisher *publisher);
 
 /* Connected to the broker. */
 bool publisher_is_up(const struct publisher *publisher);
+struct publisher_run publisher_run(const struct publisher *publisher);
 
 /* For the status line: "publishing", "connecting", … Static. */
 const char *publisher_status(const struct publisher *publisher);

@@ -6,6 +6,7 @@
 #include "build.h"
 #include "clock.h"
 #include "consumer.h"
+#include "count_check.h"
 #include "health.h"
 #include "http.h"
 #include "log.h"
@@ -22,8 +23,6 @@
 
 enum {
 	STATUS_MS = 1000,
-	DRAIN_CHECK_MS = 100, /* after the publisher's last message: has the consumer got it? */
-	DRAIN_MOST_MS = 10000,
 	UNSTOPPABLE_MS = 1500, /* a worker that hangs in the resolver or the driver gets this long on top */
 	EXTRA_THREADS =
 	    6, /* for the spool, its drain, name resolution, connects and files, beside the storing workers */
@@ -47,14 +46,15 @@ struct service {
 	bool subscribed; /* the consumer has been, since it was started */
 	struct metrics_consumer consumer_counters;
 	struct metrics_publisher publisher_counters;
+	struct metrics_publisher publisher_before; /* its counters when it was started */
+	struct count_check *check;                 /* or NULL */
 	bool consumer_ran, publisher_ran, consumer_stopping, publisher_stopping;
 
 	uv_signal_t signals[SIGNALS];
-	uv_timer_t shutdown, status, drain;
+	uv_timer_t shutdown, status, published; /* the last one: away from the publisher's own calls */
 	uv_prepare_t prepare;
 	struct metrics_loop lag;
 	uint64_t last_hrtime, last_idle;
-	uint64_t drain_since;
 	int64_t started_ms;                   /* wall clock */
 	uint64_t status_stored, status_acked; /* at the last status line */
 	bool stopping, hurried, finishing, finished;
@@ -280,19 +280,40 @@ static void consumer_subscribed(void *owner)
 		publisher_go(service->publisher);
 }
 
-static void check_drained(uv_timer_t *timer)
+/* The count check has come to its end, and with it the run. */
+static void check_ended(void *owner, bool complete)
 {
-	struct service *service = container_of(timer, struct service, drain);
-	const struct metrics_publisher *sent = &service->publisher_counters;
-	bool received = service->consumer_counters.received >= sent->acked - sent->no_subscribers;
-	if (service->consumer == NULL || (received && metrics_in_flight(&service->consumer_counters) == 0))
-		service_stop(service);
-	else if (uv_now(&service->loop) - service->drain_since > DRAIN_MOST_MS) {
-		log_warn("service", "%llu messages acknowledged to the publisher, but only %llu received",
-		         (unsigned long long)sent->acked, (unsigned long long)service->consumer_counters.received);
+	struct service *service = owner;
+	service->check = NULL;
+	if (!complete && !service->stopping)
 		service->exit_code = 1;
+	service_stop(service);
+	finish_when_stopped(service);
+}
+
+static void start_check(struct service *service)
+{
+	const struct metrics_publisher *now = &service->publisher_counters, *before = &service->publisher_before;
+	struct count_check_inputs inputs = {
+	    .config = service->config,
+	    .consumer = &service->consumer_counters,
+	    .publisher = {.generated = now->generated - before->generated,
+	                  .acked = now->acked - before->acked,
+	                  .failed = now->failed - before->failed,
+	                  .no_subscribers = now->no_subscribers - before->no_subscribers},
+	    .run = publisher_run(service->publisher),
+	    .result = &service->publisher_counters.check,
+	};
+	service->check = count_check_start(&service->loop, &inputs, check_ended, service);
+}
+
+static void all_published(uv_timer_t *timer)
+{
+	struct service *service = container_of(timer, struct service, published);
+	if (service->consumer == NULL || service->publisher == NULL)
 		service_stop(service);
-	}
+	else if (service->check == NULL)
+		start_check(service);
 }
 
 /* The publisher's count is reached. */
@@ -304,8 +325,7 @@ static void publisher_done(void *owner)
 	         (unsigned long long)counters->failed);
 	if (counters->failed > 0)
 		service->exit_code = 1;
-	service->drain_since = uv_now(&service->loop);
-	uv_timer_start(&service->drain, check_drained, 0, DRAIN_CHECK_MS);
+	uv_timer_start(&service->published, all_published, 0, 0);
 }
 
 static bool start_consumer(struct service *service, char *error, size_t error_size)
@@ -328,6 +348,7 @@ static bool start_publisher(struct service *service, char *error, size_t error_s
 		return true;
 	if (!state_lock(service->state, "publisher", error, error_size))
 		return false;
+	service->publisher_before = service->publisher_counters;
 	service->publisher = publisher_start(&service->loop, service->config, service->state,
 	                                     &service->publisher_counters, &handler, service);
 	service->publisher_ran = true;
@@ -391,7 +412,7 @@ static void http_stopped(void *owner)
 static void finish_when_stopped(struct service *service)
 {
 	if (!service->stopping || service->finishing || service->publisher != NULL || service->consumer != NULL ||
-	    service->broker != NULL)
+	    service->broker != NULL || service->check != NULL)
 		return;
 	service->finishing = true;
 	if (service->http != NULL)
@@ -427,7 +448,9 @@ void service_stop(struct service *service)
 	if (service->stopping)
 		return;
 	service->stopping = true;
-	uv_timer_stop(&service->drain);
+	uv_timer_stop(&service->published);
+	if (service->check != NULL)
+		count_check_stop(service->check);
 	uv_timer_start(&service->shutdown, shutdown_timed_out, (uint64_t)service->config->shutdown_timeout_ms, 0);
 	if (service->broker != NULL)
 		broker_stop(service->broker, broker_stopped);
@@ -499,7 +522,7 @@ struct service *service_create(const struct config *config, char *error, size_t 
 	uv_loop_configure(&service->loop, UV_METRICS_IDLE_TIME);
 	uv_timer_init(&service->loop, &service->shutdown);
 	uv_timer_init(&service->loop, &service->status);
-	uv_timer_init(&service->loop, &service->drain);
+	uv_timer_init(&service->loop, &service->published);
 	uv_prepare_init(&service->loop, &service->prepare);
 	uv_prepare_start(&service->prepare, measure_iteration);
 	watch_signals(service);

@@ -740,7 +740,93 @@ void store_write(struct store *store, struct store_scratch *scratch, struct batc
 		report->class = STORE_TRANSIENT;
 }
 
+/* ---- dead letters that are none any more ---- */
+
+/* { _id: { $in: [ … ] } } of the messages that are stored now; how many. */
+static size_t select_stored(const struct batch *batch, bson_t *selector)
+{
+	bson_t id, list;
+	char key[16];
+	const char *index;
+	uint32_t count = 0;
+	BSON_APPEND_DOCUMENT_BEGIN(selector, "_id", &id);
+	BSON_APPEND_ARRAY_BEGIN(&id, "$in", &list);
+	for (size_t i = 0; i < batch->count; i++) {
+		const struct batch_message *message = &batch->messages[i];
+		if (message->outcome != BATCH_STORED && message->outcome != BATCH_DUPLICATE)
+			continue;
+		bson_uint32_to_string(count++, &index, key, sizeof key);
+		BSON_APPEND_OID(&list, index, &message->id);
+	}
+	bson_append_array_end(&id, &list);
+	bson_append_document_end(selector, &id);
+	return count;
+}
+
+static void delete_selected(struct store *store, const bson_t *selector, struct store_report *report)
+{
+	bson_t reply;
+	bson_error_t error;
+	mongoc_client_t *client = borrow_client(store, report);
+	if (client == NULL)
+		return;
+	mongoc_collection_t *letters =
+	    mongoc_client_get_collection(client, store->config->mongodb.database, store->config->consumer.dead_letter);
+	mongoc_collection_set_write_concern(letters, store->write_concern);
+	if (!mongoc_collection_delete_many(letters, selector, NULL, &reply, &error))
+		report_error(report, &error, "cannot delete dead letters");
+	bson_destroy(&reply);
+	mongoc_collection_destroy(letters);
+	mongoc_client_pool_push(store->pool, client);
+}
+
+bool store_delete_dead_letters(struct store *store, const struct batch *batch, struct store_report *report)
+{
+	*report = (struct store_report){0};
+	bson_t *selector = bson_new();
+	if (select_stored(batch, selector) > 0)
+		delete_selected(store, selector, report);
+	bson_destroy(selector);
+	return report->class == STORE_OK;
+}
+
 /* ---- asking ---- */
+
+/* What the server says about a query is about the query or our rights, unless another attempt may do better. */
+static void report_query(struct store_report *report, const bson_error_t *error)
+{
+	if (error->domain != MONGOC_ERROR_SERVER || is_transient((int)error->code)) {
+		report_error(report, error, "cannot read from MongoDB");
+		return;
+	}
+	report->class = STORE_CONFIGURATION;
+	snprintf(report->message, sizeof report->message, "MongoDB refuses the query: %.*s (%u)%s",
+	         without_command(error->message), error->message, (unsigned)error->code,
+	         error->code == 13 ? remedy(error->domain, 13) : "");
+}
+
+bool store_find(struct store *store, const char *collection, const bson_t *query, const bson_t *options,
+                bool (*take)(void *context, const bson_t *document), void *context, struct store_report *report)
+{
+	const bson_t *document;
+	bson_error_t error;
+	*report = (struct store_report){0};
+	mongoc_client_t *client = borrow_client(store, report);
+	if (client == NULL)
+		return false;
+	mongoc_read_prefs_t *primary = mongoc_read_prefs_new(MONGOC_READ_PRIMARY);
+	mongoc_collection_t *source = mongoc_client_get_collection(client, store->config->mongodb.database, collection);
+	mongoc_cursor_t *cursor = mongoc_collection_find_with_opts(source, query, options, primary);
+	while (mongoc_cursor_next(cursor, &document) && take(context, document))
+		;
+	if (mongoc_cursor_error(cursor, &error))
+		report_query(report, &error);
+	mongoc_cursor_destroy(cursor);
+	mongoc_collection_destroy(source);
+	mongoc_read_prefs_destroy(primary);
+	mongoc_client_pool_push(store->pool, client);
+	return report->class == STORE_OK;
+}
 
 static bool run(struct store *store, const bson_t *command, bson_t *reply, struct store_report *report)
 {

@@ -49,6 +49,21 @@ void store_write(struct store *store, struct store_scratch *scratch, struct batc
 /* Find out whether the database answers and takes our credentials. Worker thread. */
 void store_ping(struct store *store, struct store_report *report);
 
+/*
+ * Read: call `take` for each document of `collection` that `query` finds, with the options of the driver's find
+ * (projection, sort, limit, batchSize), from the primary. `take` gets `context`; it returns false to end the reading.
+ * Returns true when the reading came to its end, else false with `report` filled: STORE_TRANSIENT when another attempt
+ * may do better. Worker thread, or the main thread when no loop runs.
+ */
+bool store_find(struct store *store, const char *collection, const bson_t *query, const bson_t *options,
+                bool (*take)(void *context, const bson_t *document), void *context, struct store_report *report);
+
+/*
+ * Delete those documents of consumer.dead_letter whose messages in `batch` are BATCH_STORED or BATCH_DUPLICATE, with
+ * the configured write concern; what is already gone is no error. Same results and threads as store_find().
+ */
+bool store_delete_dead_letters(struct store *store, const struct batch *batch, struct store_report *report);
+
 /* One line about the server: version, replica set or standalone. False with `report` filled when it does not answer.
  * Worker thread, or the main thread when no loop runs. */
 bool store_describe(struct store *store, char *text, size_t size, struct store_report *report);

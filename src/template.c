@@ -19,6 +19,7 @@ struct template
 	int64_t devices;
 	int digits; /* of the device number, at least 3 */
 	cJSON *tree, *device, *sequence, *time, *temperature, *humidity, *battery, *online;
+	char run[16];
 	char text[TEXT_BYTES];
 };
 
@@ -47,12 +48,11 @@ struct template *template_create(int64_t devices, uint64_t seed)
 	template->digits = 3;
 	for (int64_t most = 1000; devices > most; most *= 10)
 		template->digits++;
-	char run[16];
-	snprintf(run, sizeof run, "%08x", (unsigned)(next_random(&template->random) >> 32));
+	snprintf(template->run, sizeof template->run, "%08x", (unsigned)(next_random(&template->random) >> 32));
 	cJSON *tree = template->tree = cJSON_CreateObject();
 	char blank[32] = "                              "; /* room for cJSON_SetValuestring() to write in place */
 	template->device = cJSON_AddStringToObject(tree, "device", blank);
-	cJSON_AddStringToObject(tree, "run", run);
+	cJSON_AddStringToObject(tree, "run", template->run);
 	template->sequence = cJSON_AddNumberToObject(tree, "sequence", 0);
 	template->time = cJSON_AddStringToObject(tree, "time", blank);
 	template->temperature = cJSON_AddNumberToObject(tree, "temperature", 0);
@@ -101,6 +101,11 @@ struct template_message template_render(struct template *template, uint64_t sequ
 	};
 }
 
+const char *template_run(const struct template *template)
+{
+	return template->run;
+}
+
 bool template_topic(const char *topic, const char *device, char *out, size_t size)
 {
 	static const char place[] = "{device}";
@@ -117,4 +122,24 @@ bool template_topic(const char *topic, const char *device, char *out, size_t siz
 	}
 	out[length] = 0;
 	return true;
+}
+
+/* MQTT 5 §4.7: level by level; a level with a device in it may be anything. */
+bool template_topic_may_match(const char *topic, const char *filter)
+{
+	for (;;) {
+		size_t topic_level = strcspn(topic, "/"), filter_level = strcspn(filter, "/");
+		const char *device = strstr(topic, "{device}");
+		bool any = (device != NULL && device < topic + topic_level) || (filter_level == 1 && *filter == '+');
+		if (strcmp(filter, "#") == 0)
+			return true;
+		if (!any && (topic_level != filter_level || strncmp(topic, filter, topic_level) != 0))
+			return false;
+		if (topic[topic_level] == 0) /* "a/#" matches "a" as well */
+			return filter[filter_level] == 0 || strcmp(filter + filter_level, "/#") == 0;
+		if (filter[filter_level] == 0)
+			return false;
+		topic += topic_level + 1;
+		filter += filter_level + 1;
+	}
 }

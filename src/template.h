@@ -28,7 +28,13 @@ struct template_message {
 /* The message number `sequence`, at `now` (ms since 1970). What it points to is valid until the next call. */
 struct template_message template_render(struct template *template, uint64_t sequence, int64_t now);
 
+/* The name of the run in the messages. */
+const char *template_run(const struct template *template);
+
 /* Copy `topic` with every {device} replaced to `out`. Returns false when it does not fit into `size`. */
 bool template_topic(const char *topic, const char *device, char *out, size_t size);
+
+/* Might the topic filter match some device's `topic`? False: never. */
+bool template_topic_may_match(const char *topic, const char *filter);
 
 #endif

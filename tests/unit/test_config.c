@@ -216,10 +216,39 @@ static void actions(void **state)
 	assert_silent(CONFIG_DRY_RUN, load("--dry-run"));
 	assert_int_equal(config.role, CONFIG_ROLE_CONSUMER);
 	refuses("--dry-run|--role|publisher", "--role: --dry-run shows what the consumer would store");
-	refuses("--dry-run|--check", "--check, --dry-run, --spool-status and --spool-export exclude each other");
+	refuses("--dry-run|--check",
+	        "--check, --dry-run, --spool-status, --spool-export and --replay-dead-letters exclude each other");
 	refuses("--spool-status|--spool-export", "exclude each other");
 	assert_silent(CONFIG_SPOOL_STATUS, load("--spool-status"));
 	assert_silent(CONFIG_SPOOL_EXPORT, load("--spool-export|--role|publisher"));
+	refuses("--replay-dead-letters|--check", "exclude each other");
+}
+
+static void replaying(void **state)
+{
+	assert_silent(CONFIG_REPLAY, load("--replay-dead-letters"));
+	assert_int_equal(config.role, CONFIG_ROLE_CONSUMER);
+	assert_null(config.replay_filter);
+	assert_silent(CONFIG_REPLAY, load("--role|both|--replay-dead-letters|--filter|{\"reason.code\": \"x\"}"));
+	assert_int_equal(config.role, CONFIG_ROLE_CONSUMER);
+	assert_string_equal(config.replay_filter, "{\"reason.code\": \"x\"}");
+	assert_silent(CONFIG_REPLAY, load("--filter= {} |--replay-dead-letters"));
+	assert_silent(CONFIG_REPLAY, load("--filter={\"_id\":{\"$gt\":{\"$oid\":\"0123456789abcdef01234567\"}}}|"
+	                                  "--replay-dead-letters"));
+	refuses("--replay-dead-letters|--role|publisher", "--role: --replay-dead-letters stores what the consumer");
+	refuses("--role|consumer|--filter|{}",
+	        "--filter says which dead letters to replay, it needs --replay-dead-letters");
+	refuses("--replay-dead-letters|--filter", "--filter: needs a query, as in --filter='{");
+	refuses("--replay-dead-letters|--filter|--check", "--filter: needs a query");
+	refuses("--replay-dead-letters|--filter={}|--filter={}", "--filter: is given twice");
+	refuses("--replay-dead-letters|--filter|", "--filter: no JSON: ");
+	refuses("--replay-dead-letters|--filter|{\"a\":01}", "--filter: no JSON: leading zero at byte 6");
+	refuses("--replay-dead-letters|--filter|{}{}", "--filter: no JSON: ");
+	refuses("--replay-dead-letters|--filter|{a:1}", "--filter: no JSON: ");
+	refuses("--replay-dead-letters|--filter|[{}]", "--filter: a query is an object, as in ");
+	refuses("--replay-dead-letters|--filter|{\"_id\":{\"$oid\":1}}", "--filter: no extended JSON: ");
+	refuses("--replay-dead-letters|--filters|{}", "unknown flag --filters, did you mean --filter?");
+	refuses("--replay-dead-leters", "unknown flag --replay-dead-leters, did you mean --replay-dead-letters?");
 }
 
 static void durations(void **state)
@@ -1013,6 +1042,7 @@ int main(void)
 	    TEST(all_errors_are_said),
 	    TEST(role_is_missing),
 	    TEST(actions),
+	    TEST(replaying),
 	    TEST(durations),
 	    TEST(sizes),
 	    TEST(rates_and_numbers),

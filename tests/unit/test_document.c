@@ -716,6 +716,132 @@ static void user_properties_of_a_dead_letter(void **state)
 	batch_finish(&batch);
 }
 
+/* ---- read back ---- */
+
+/* The message of the batch is in its dead letter as it was. */
+static void assert_read_back(const struct batch *batch)
+{
+	const struct batch_message *message = batch->messages;
+	struct document_fault fault = {.reason = DOCUMENT_REFUSED, .message = "no"};
+	struct buffer out = {0};
+	document_dead_letter(batch, message, &fault, ROUTE, &out);
+	bson_t letter;
+	struct batch_record record;
+	struct buffer properties = {0};
+	assert_true(bson_init_static(&letter, out.data, out.length));
+	assert_int_equal(document_read_dead_letter(&letter, &record, &properties), DOCUMENT_LETTER_WHOLE);
+	assert_int_equal(record.topic_length, message->topic_length);
+	assert_memory_equal(record.topic, batch_topic(batch, message), record.topic_length);
+	assert_int_equal(record.payload_length, message->payload_length);
+	assert_int_equal(record.full_length, message->payload_length);
+	assert_memory_equal(record.payload, batch_payload(batch, message), record.payload_length);
+	assert_null(record.digest);
+	assert_true(bson_oid_equal(&record.id, &message->id));
+	assert_true(record.received_at == message->received_at);
+	assert_int_equal(record.qos, message->qos);
+	assert_int_equal(record.retain, message->retain);
+	assert_int_equal(record.dup, message->dup);
+	assert_int_equal(record.row, 0);
+	buffer_finish(&properties);
+	buffer_finish(&out);
+}
+
+static void a_dead_letter_holds_its_message(void **state)
+{
+	static const struct text topics[] = {
+	    {"sensors/a", 9}, {"", 0}, {"\\x41\\", 5}, {"\x01\x1f\x7f\n\"\\", 6}, {"\xf0\x90\x80\x80/\xc3\xa9", 7}};
+	static const struct text payloads[] = {{"", 0}, {"{}", 2}, {"\0\xff\n", 3}, {"{\"a\": 01}", 9}};
+	static const int64_t times[] = {0, -1, INT64_MAX, INT64_MIN};
+	for (unsigned i = 0; i < 20; i++) {
+		struct batch batch;
+		make_batch(&batch, topics[i % 5], payloads[i % 4]);
+		batch.messages->qos = i % 3;
+		batch.messages->retain = i & 1;
+		batch.messages->dup = i & 2;
+		batch.messages->received_at = times[i / 5];
+		assert_read_back(&batch);
+		batch_finish(&batch);
+	}
+}
+
+static enum document_letter read_and_free(bson_t *letter)
+{
+	struct batch_record record;
+	struct buffer properties = {0};
+	enum document_letter kind = document_read_dead_letter(letter, &record, &properties);
+	buffer_finish(&properties);
+	bson_destroy(letter);
+	return kind;
+}
+
+/* A dead letter without the field `but`, or a whole one for NULL. */
+static bson_t *letter_without(const char *but)
+{
+	struct batch batch;
+	make_batch(&batch, TEXT("sensors/a"), TEXT("x"));
+	struct document_fault fault = refused(&batch);
+	struct buffer out = dead_letter(&batch, &fault);
+	bson_t all, *some = bson_new();
+	assert_true(bson_init_static(&all, out.data + OLD_LENGTH, out.length - OLD_LENGTH));
+	bson_copy_to_excluding_noinit(&all, some, but != NULL ? but : "none", NULL);
+	buffer_finish(&out);
+	batch_finish(&batch);
+	return some;
+}
+
+/* What is not as we write it is not ours to move. */
+static void strange_letters(void **state)
+{
+	static const char *const names[] = {"_id",         "topic", "payload", "preview", "reason",
+	                                    "received_at", "qos",   "retain",  "dup",     "route"};
+	assert_int_equal(read_and_free(letter_without(NULL)), DOCUMENT_LETTER_WHOLE);
+	for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
+		assert_int_equal(read_and_free(letter_without(names[i])), DOCUMENT_LETTER_STRANGE);
+		bson_t *other = letter_without(names[i]);
+		BSON_APPEND_NULL(other, names[i]);
+		assert_int_equal(read_and_free(other), DOCUMENT_LETTER_STRANGE);
+		bson_t *twice = letter_without(NULL), *one = letter_without(NULL);
+		bson_concat(twice, one);
+		bson_destroy(one);
+		assert_int_equal(read_and_free(twice), DOCUMENT_LETTER_STRANGE);
+	}
+	bson_t *letter = letter_without(NULL);
+	BSON_APPEND_UTF8(letter, "note", "of an operator");
+	assert_int_equal(read_and_free(letter), DOCUMENT_LETTER_STRANGE);
+	letter = letter_without("qos");
+	BSON_APPEND_INT32(letter, "qos", 3);
+	assert_int_equal(read_and_free(letter), DOCUMENT_LETTER_STRANGE);
+	letter = letter_without("payload");
+	BSON_APPEND_BINARY(letter, "payload", BSON_SUBTYPE_USER, (const uint8_t *)"x", 1);
+	assert_int_equal(read_and_free(letter), DOCUMENT_LETTER_STRANGE);
+	letter = letter_without("topic");
+	bson_append_utf8(letter, "topic", -1, "a\0b", 3);
+	assert_int_equal(read_and_free(letter), DOCUMENT_LETTER_STRANGE);
+	assert_int_equal(read_and_free(bson_new()), DOCUMENT_LETTER_STRANGE);
+}
+
+/* What is in them is not the whole message. */
+static void letters_that_lack_something(void **state)
+{
+	bson_t *letter = letter_without(NULL);
+	BSON_APPEND_BOOL(letter, "truncated", true);
+	BSON_APPEND_INT64(letter, "length", 2);
+	BSON_APPEND_BINARY(letter, "sha256", BSON_SUBTYPE_BINARY, (const uint8_t *)"x", 1);
+	assert_int_equal(read_and_free(letter), DOCUMENT_LETTER_TRUNCATED);
+	struct batch batch;
+	make_batch(&batch, TEXT("a/\xff"), TEXT("1"));
+	batch.messages->oversized = true; /* the other reason must not hide this one */
+	struct document_fault fault = refused(&batch);
+	struct buffer out = dead_letter(&batch, &fault);
+	struct batch_record record;
+	struct buffer properties = {0};
+	bson_t found;
+	assert_true(bson_init_static(&found, out.data + OLD_LENGTH, out.length - OLD_LENGTH));
+	assert_int_equal(document_read_dead_letter(&found, &record, &properties), DOCUMENT_LETTER_TOPIC);
+	buffer_finish(&out);
+	batch_finish(&batch);
+}
+
 /* ---- names ---- */
 
 static void reasons_have_names_of_their_own(void **state)
@@ -752,6 +878,9 @@ int main(void)
 	    cmocka_unit_test(ids_of_every_length),
 	    cmocka_unit_test(an_id_counts_for_the_limit),
 	    cmocka_unit_test(user_properties_of_a_dead_letter),
+	    cmocka_unit_test(a_dead_letter_holds_its_message),
+	    cmocka_unit_test(strange_letters),
+	    cmocka_unit_test(letters_that_lack_something),
 	    cmocka_unit_test(reasons_have_names_of_their_own),
 	};
 	return cmocka_run_group_tests(tests, NULL, NULL);

@@ -204,6 +204,24 @@ static void every_sum_of_the_publisher(void **state)
 	cJSON_Delete(sums);
 }
 
+static void the_count_check(void **state)
+{
+	struct metrics_publisher publisher = some_publisher;
+	cJSON *sums = parse_sums(NULL, &publisher, &some_loop);
+	assert_null(cJSON_GetObjectItemCaseSensitive(sums, "check"));
+	cJSON_Delete(sums);
+	publisher.check = (struct metrics_check){
+	    .made = 3, .generated = 100, .acked = 99, .distinct = 90, .duplicates = 7, .missing = 8};
+	sums = parse_sums(NULL, &publisher, &some_loop);
+	assert_number(sums, "check.generated", 100);
+	assert_number(sums, "check.acked", 99);
+	assert_number(sums, "check.distinct", 90);
+	assert_number(sums, "check.duplicates", 7);
+	assert_number(sums, "check.missing", 8);
+	assert_number(sums, "publisher.generated", 5000);
+	cJSON_Delete(sums);
+}
+
 static void the_loop_is_always_told(void **state)
 {
 	cJSON *sums = parse_sums(NULL, NULL, &some_loop);
@@ -502,6 +520,7 @@ int main(void)
 	    cmocka_unit_test(causes_that_occurred_are_told_apart),
 	    cmocka_unit_test(every_reason),
 	    cmocka_unit_test(every_sum_of_the_publisher),
+	    cmocka_unit_test(the_count_check),
 	    cmocka_unit_test(the_loop_is_always_told),
 	    cmocka_unit_test(large_counts_are_exact),
 	    cmocka_unit_test(text_for_people),

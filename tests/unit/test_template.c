@@ -263,9 +263,62 @@ static void device_in_topics(void **state)
 	assert_topic("", "d", "");
 }
 
+static void topics_and_filters(void **state)
+{
+	static const struct {
+		const char *topic, *filter;
+		bool may;
+	} cases[] = {
+	    {"a/b", "a/b", true},
+	    {"a/b", "a/c", false},
+	    {"a/b", "a", false},
+	    {"a", "a/b", false},
+	    {"a/b", "#", true},
+	    {"a/b", "a/#", true},
+	    {"a", "a/#", true},
+	    {"a/b", "b/#", false},
+	    {"a/b", "a/b/#", true},
+	    {"a/b", "a/b/c/#", false},
+	    {"a/b", "+/+", true},
+	    {"a/b", "+", false},
+	    {"a/b", "+/b", true},
+	    {"a/b", "a/+/c", false},
+	    {"a/b", "a/+/#", true},
+	    {"a//b", "a//b", true},
+	    {"a/x/b", "a//b", false},
+	    {"a//b", "a/+/b", true},
+	    {"", "", true},
+	    {"ab", "a", false},
+	    {"a", "ab", false},
+	    {"sensors/{device}/readings", "sensors/#", true},
+	    {"sensors/{device}/readings", "sensors/+/readings", true},
+	    {"sensors/{device}/readings", "sensors/device-007/readings", true},
+	    {"sensors/{device}/readings", "sensors/+", false},
+	    {"sensors/{device}/readings", "plant/#", false},
+	    {"sensors/x-{device}", "sensors/x-device-1", true},
+	    {"sensors/x/{device}", "sensors/y/device-1", false},
+	    {"{device}", "device-1", true},
+	    {"{device}/a", "device-1/b", false},
+	};
+	for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
+		if (template_topic_may_match(cases[i].topic, cases[i].filter) != cases[i].may)
+			fail_msg("%s and %s", cases[i].topic, cases[i].filter);
+}
+
+static void the_run_has_a_name(void **state)
+{
+	struct template *template = template_create(3, 4);
+	cJSON *tree = parse(template_render(template, 0, now));
+	assert_string_equal(text(tree, "run"), template_run(template));
+	cJSON_Delete(tree);
+	template_destroy(template);
+}
+
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
+	    cmocka_unit_test(topics_and_filters),
+	    cmocka_unit_test(the_run_has_a_name),
 	    cmocka_unit_test(the_fields_in_their_order),
 	    cmocka_unit_test(readings_stay_in_their_ranges),
 	    cmocka_unit_test(device_names),
