@@ -28,6 +28,11 @@ def content_of(number):
     return {"n": number, "text": f"Prüfung {number}", "values": [number, number / 8, None, True]}
 
 
+def payload_of(number):
+    """Its JSON; every 100th message is none, and a dead letter."""
+    return b"no JSON %d" % number if number % 100 == 50 else json.dumps(content_of(number)).encode()
+
+
 def figures(**held):
     print("  ".join(f"{name} {value}" for name, value in held.items()))
 
@@ -39,13 +44,14 @@ class Stream:
     acknowledged  {number: time.time() when the broker's PUBACK was read}
     sent          how many were published
     lost          how many connections were lost
+
+    payload_of    makes a number's bytes; window: how many are under way at a time; connection: as clients.connected() has it
     """
 
-    WINDOW = 1000
-
-    def __init__(self, port, pace):
+    def __init__(self, port, pace, *, payload_of=lambda number: json.dumps(content_of(number)), window=1000, **connection):
         self.acknowledged, self.sent, self.lost = {}, 0, 0
-        self._port, self._pace = port, pace
+        self._port, self._pace, self._window, self._connection = port, pace, window, connection
+        self._payload_of = payload_of
         self._stop, self._error = threading.Event(), None
         self._thread = threading.Thread(target=self._run, daemon=True)
 
@@ -61,16 +67,15 @@ class Stream:
         try:
             while not self._stop.is_set():
                 try:
-                    with clients.connected(self._port, setup=self._set_up) as client:
+                    with clients.connected(self._port, setup=self._set_up, **self._connection) as client:
                         self._publish(client)
                 except (OSError, AssertionError):  # the broker is away
                     time.sleep(0.02)
         except BaseException as error:  # handed to finish()
             self._error = error
 
-    @classmethod
-    def _set_up(cls, client):
-        client.max_inflight_messages_set(cls.WINDOW)
+    def _set_up(self, client):
+        client.max_inflight_messages_set(self._window)
         client.max_queued_messages_set(0)
 
     def _publish(self, client):
@@ -85,9 +90,9 @@ class Stream:
         begun, before = time.monotonic(), self.sent
         while under_way or not self._stop.is_set():
             due = 0 if self._stop.is_set() else (time.monotonic() - begun) * self._pace
-            while self.sent - before < due and len(under_way) < self.WINDOW:
+            while self.sent - before < due and len(under_way) < self._window:
                 number = self.sent
-                info = client.publish(topic_of(number), json.dumps(content_of(number)), qos=1)
+                info = client.publish(topic_of(number), self._payload_of(number), qos=1)
                 self.sent += 1
                 under_way[info.mid] = number
             if client.loop(timeout=0.001) != 0:
@@ -119,7 +124,7 @@ class Stored:
 
     def __init__(self, collection):
         self.copies = {}
-        for document in collection.find({"topic": {"$ne": END}}).sort("received_at", 1):
+        for document in collection.find({"topic": {"$regex": "^sensors/device-"}}).sort("received_at", 1):
             number = document["payload"]["n"]
             assert document["payload"] == content_of(number), document
             assert document["topic"] == topic_of(number) and document["qos"] == 1 and document["retain"] is False, document
