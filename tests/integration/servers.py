@@ -267,7 +267,7 @@ class ReplicaSet:
             member.launch()
         first = self.members[0]
         with pymongo.MongoClient("127.0.0.1", first.port, directConnection=True, serverSelectionTimeoutMS=10000) as client:
-            members = [{"_id": number, "host": f"127.0.0.1:{member.port}", "priority": 2 if number == 0 else 1}
+            members = [{"_id": number, "host": f"127.0.0.1:{member.port}"}
                        for number, member in enumerate(self.members)]
             client.admin.command("replSetInitiate", {"_id": "rs0", "members": members,
                                                      "settings": {"electionTimeoutMillis": 2000}})
@@ -299,10 +299,10 @@ class ReplicaSet:
         return wait_until(found, timeout, "there is a new primary", interval=0.1)
 
     def step_down(self):
-        """The primary steps down, for a minute at least: the member that was it."""
+        """The primary steps down, for 10 s at least: the member that was it."""
         member = self.wait_primary()
         with pymongo.MongoClient(self.uri, serverSelectionTimeoutMS=5000) as client:
-            client.admin.command("replSetStepDown", 60, secondaryCatchUpPeriodSecs=10)
+            client.admin.command("replSetStepDown", 10, secondaryCatchUpPeriodSecs=5)
         return member
 
     def kill_primary(self):
