@@ -17,6 +17,7 @@ TIME_FACTOR = float(os.environ.get("MQTT2MONGO_TIME_FACTOR", "1"))
 
 _libc = ctypes.CDLL(None)
 _PR_SET_PDEATHSIG = 1
+_PR_CAPBSET_DROP = 24
 
 
 def _die_with_parent():
@@ -61,12 +62,13 @@ class Process:
     fixture's teardown: it kills whatever state the process is in.
 
     limits   {resource.RLIMIT_NOFILE: 32, …}: what the kernel grants it, from the next start on
+    without_capabilities  numbers (capability.h) of what root may not do in it
     cgroup   a directory under /sys/fs/cgroup that it is put into before it runs
     """
 
     def __init__(self, name, directory, environment=None):
         self.name = name
-        self.limits, self.cgroup = {}, None
+        self.limits, self.without_capabilities, self.cgroup = {}, [], None
         self.directory = Path(directory)
         self.environment = environment
         self.stdout = self.directory / f"{name}.out"
@@ -86,6 +88,8 @@ class Process:
         _die_with_parent()
         for limit, value in self.limits.items():
             resource.setrlimit(limit, (value, value))
+        for capability in self.without_capabilities:
+            _libc.prctl(_PR_CAPBSET_DROP, capability)  # fails for who has none of them anyway
         if self.cgroup:
             (Path(self.cgroup) / "cgroup.procs").write_text(str(os.getpid()))
 

@@ -38,6 +38,6 @@ def test_an_outage_of_mongodb(scene):
     drained = time.monotonic() - begun
     sums = it.running.sums()["consumer"]
     assert it.running.pid == pid and it.running.alive and stream.lost == 0
-    it.conclude("outage", acknowledged, faults=1, rate=f"{stream.rate:.0f}/s", away=f"{away} s", taken_meanwhile=meanwhile,
+    it.conclude("long_outage", acknowledged, faults=1, rate=f"{stream.rate:.0f}/s", away=f"{away} s", taken_meanwhile=meanwhile,
                 most_in_spool=most, drained_after=f"{drained:.1f} s", returned=sums["returned"])
     assert meanwhile > 10_000 and most > 10_000, "the broker's queue could have held that"
