@@ -16,6 +16,7 @@ import threading
 import time
 from pathlib import Path
 
+from processes import wait_until
 from service import BUILD
 
 
@@ -56,11 +57,13 @@ def memory_limit(mebibytes):
         except OSError:
             continue
         try:
-            (group / limit).write_text(str(mebibytes << 20))
+            with (group / limit).open("r+") as file:  # not made here: else this is no cgroup
+                file.write(str(mebibytes << 20))
         except OSError:
             group.rmdir()
             continue
         yield group
+        wait_until(lambda: not (group / "cgroup.procs").read_text(), what="the cgroup is empty")
         group.rmdir()
         return
     yield None
