@@ -148,7 +148,7 @@ class Scene:
 
     def spool(self):
         """How many messages are in the spool."""
-        return self._ask("--spool-status")[0]["messages"]
+        return self._ask("--spool-status")[0]["spool"]["messages"]
 
     def export(self):
         return self._ask("--spool-export")

@@ -20,7 +20,7 @@ from processes import wait_until
 from stream import payload_of, seeded
 
 COUNT = 3000
-PAGE, WAL_HEADER, FRAME_HEADER = 4096, 32, 24  # sqlite.org/fileformat2.html
+PAGE, WAL_HEADER, FRAME_HEADER, LEAF = 4096, 32, 24, 13  # sqlite.org/fileformat2.html
 CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH = 1, 2
 
 
@@ -38,19 +38,21 @@ class Files:
             (self.directory / name).write_bytes(data)
 
     def undamaged(self):
-        """The numbers of those messages that lie in a page, or a frame of the log, that is as it was."""
-        numbers, whole = set(), {}
+        """The numbers of those messages that lie in a page, or a frame of the log, that is as it was: a leaf, for what other
+        pages have of a message is left over. The log's last transaction does not count when its end is gone: that is what
+        one looks like that was never committed."""
+        whole = []
         for name, original in self.original.items():
             path = self.directory / name
             now = path.read_bytes() if path.is_file() else b""
-            first, size = (WAL_HEADER, FRAME_HEADER + PAGE) if name.endswith("-wal") else (0, PAGE)
-            whole[name] = [original[at:at + size] for at in range(first, len(original), size)
-                           if now[at:at + size] == original[at:at + size] and len(now) >= at + size]
-        pages = b"\0".join(page for each in whole.values() for page in each)
-        for number in range(COUNT):
-            if payload_of(number) in pages:
-                numbers.add(number)
-        return numbers
+            first, header = (WAL_HEADER, FRAME_HEADER) if name.endswith("-wal") else (0, 0)
+            units = [original[at:at + header + PAGE] for at in range(first, len(original), header + PAGE)
+                     if now[at:at + header + PAGE] == original[at:at + header + PAGE]]
+            while header and units and units[-1][4:8] == bytes(4):  # no end of a transaction
+                units.pop()
+            whole += [unit for unit in units if unit[header] == LEAF]
+        pages = b"\0".join(whole)
+        return {number for number in range(COUNT) if payload_of(number) in pages}
 
     def place(self, moments):
         """A random place: the path of one of the files, and an offset."""
@@ -64,11 +66,11 @@ class Files:
         path.write_bytes(self.original[path.name][:offset])
 
     def flip_bits(self, moments):
+        path, _ = self.place(moments)  # in one file: of what is in both, one copy is left
+        data = bytearray(path.read_bytes())
         for _ in range(moments.choice([1, 3, 30])):
-            path, offset = self.place(moments)
-            data = bytearray(path.read_bytes())
-            data[offset] ^= 1 << moments.randrange(8)
-            path.write_bytes(data)
+            data[moments.randrange(len(data))] ^= 1 << moments.randrange(8)
+        path.write_bytes(data)
 
     def zeros(self, moments):
         path, offset = self.place(moments)
