@@ -11,7 +11,7 @@ import shutil
 
 import pytest
 
-from oracle import pause, scaled
+from oracle import Kept, pause, scaled
 from processes import wait_until
 
 
@@ -70,7 +70,7 @@ def test_fsync_works_again(scene, fsync_fault):
 
 @pytest.mark.timeout(scaled(120, 300))
 def test_fsync_fails_with_mongodb_there(scene, fsync_fault):
-    """The spool's fault is no reason not to store."""
+    """The spool's fault is no reason not to store: what has not gone to the spool goes to MongoDB when it is there again."""
     it = scene(env=fsync_fault.environment)
     fsync_fault.on()
     with it.stream(pace=1000) as stream:
@@ -80,4 +80,8 @@ def test_fsync_fails_with_mongodb_there(scene, fsync_fault):
         it.server.sigcont()
         stream.wait(len(stream.acknowledged) + 3000)
         acknowledged = stream.finish()
+    it.wait_settled()
+    stored = Kept(it)
+    assert not acknowledged - stored.copies.keys()
+    fsync_fault.off()
     it.conclude("fsync_fails, MongoDB there", acknowledged, faults=1, failed_calls=fsync_fault.failures())

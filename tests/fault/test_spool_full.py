@@ -41,7 +41,7 @@ def fill(it, directory, most):
     it.running.kill9()
     assert it.spool() == held, "the kill changed what was committed"
     mark = it.running.mark()
-    it.start()
+    it.running.start()  # the subscription waits behind messages for which there is no room
     it.running.wait_log(r"spool.* full", timeout=60, after=mark)
     assert size(directory) <= most
     return held
