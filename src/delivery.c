@@ -56,7 +56,9 @@ struct delivery {
 	int worker_count;
 	struct delivery_parcel **parcels;
 	size_t parcel_count;
-	size_t under_way; /* submitted, not settled */
+	size_t under_way;                                 /* submitted, not settled */
+	struct delivery_parcel *spooling[OUTBOX_BATCHES]; /* in the hands of the outbox, in this order */
+	size_t spooling_count;
 
 	bool away;         /* MongoDB: an attempt is overdue, or has failed as a whole */
 	bool trouble;      /* said, and not yet taken back */
@@ -70,7 +72,7 @@ struct delivery {
 	bool refusing;      /* messages were handed back: no more before MongoDB answers */
 	unsigned handbacks; /* in a row, without everything stored in between */
 
-	struct log_repeat complaint;
+	struct log_repeat complaint, fallback;
 	uv_work_t disconnect;
 	bool stopping, closing;
 	void (*stopped)(void *owner);
@@ -243,6 +245,13 @@ static void count_open(struct metrics_consumer *counters, const struct delivery_
 	}
 }
 
+static void say_fallback(struct delivery *delivery)
+{
+	log_repeat(&delivery->fallback, LOG_LEVEL_WARN, "consumer",
+	           "a message without a usable id (consumer.id) is stored under an ObjectId: delivered twice, it is "
+	           "stored twice");
+}
+
 /* Count what has its outcome. Returns how many messages have none. No job may hold the batch. */
 static size_t count_settled(struct delivery_parcel *parcel)
 {
@@ -254,8 +263,11 @@ static size_t count_settled(struct delivery_parcel *parcel)
 			continue;
 		message->settled = message->outcome != BATCH_OPEN;
 		open += !message->settled;
-		if (message->settled)
-			metrics_count_outcome(counters, message);
+		if (!message->settled)
+			continue;
+		metrics_count_outcome(counters, message);
+		if (message->id_fallback && message->outcome == BATCH_STORED)
+			say_fallback(parcel->delivery);
 	}
 	return open;
 }
@@ -267,6 +279,8 @@ static void report(struct delivery_parcel *parcel, size_t open)
 	size_t durable = parcel->batch.count - open, bytes = delivery_bytes(parcel);
 	if (open > 0)
 		count_open(delivery->counters, parcel);
+	else
+		metrics_observe(&delivery->counters->store_latency, (uv_hrtime() - parcel->submitted_at) / 1000);
 	parcel->reported = true;
 	parcel->sender = NULL;
 	delivery->under_way--;
@@ -372,8 +386,10 @@ static void spool_queued(struct delivery *delivery)
 	while (count < OUTBOX_BATCHES && (parcel = first_in(delivery, QUEUED)) != NULL) {
 		parcel->phase = SPOOLING;
 		parcel->spooling = true;
+		delivery->spooling[count] = parcel;
 		batches[count++] = &parcel->batch;
 	}
+	delivery->spooling_count = count;
 	if (count > 0)
 		outbox_commit(delivery->outbox, batches, count);
 }
@@ -388,20 +404,18 @@ static void count_spooled(struct delivery_parcel *parcel)
 	}
 }
 
-static void on_committed(void *owner, bool kept)
+static void on_committed(void *owner, size_t kept)
 {
 	struct delivery *delivery = owner;
 	struct delivery_parcel *parcels[OUTBOX_BATCHES];
-	size_t count = 0;
+	size_t count = delivery->spooling_count;
 	/* All of them before the first is reported: its sender may have others committed at once. */
-	for (size_t i = 0; i < delivery->parcel_count; i++) {
-		if (delivery->parcels[i]->spooling)
-			parcels[count++] = delivery->parcels[i];
-		delivery->parcels[i]->spooling = false;
-	}
+	memcpy(parcels, delivery->spooling, sizeof parcels);
+	for (size_t i = 0; i < count; i++)
+		parcels[i]->spooling = false;
 	for (size_t i = 0; i < count; i++) {
 		struct delivery_parcel *parcel = parcels[i];
-		if (kept) {
+		if (i < kept) {
 			count_spooled(parcel);
 			report(parcel, 0);
 		} else if (parcel->storing) {

@@ -55,6 +55,7 @@ struct outbox {
 
 	const struct batch *batches[OUTBOX_BATCHES]; /* to be committed */
 	size_t batch_count;                          /* 0: no commit is wanted */
+	size_t kept;                                 /* of them, by the last commit */
 
 	unsigned tests; /* in a row that failed */
 	bool test_due;
@@ -161,6 +162,22 @@ static bool is_off(const struct outbox *outbox)
 	return outbox->config->spool.max_size == 0;
 }
 
+/* All in one transaction; what is too much for a spool that is nearly full, as far as it goes. */
+static void commit(struct outbox *outbox)
+{
+	outbox->kept = 0;
+	outbox->result =
+	    spool_commit(outbox->spool, outbox->batches, outbox->batch_count, outbox->error, sizeof outbox->error);
+	if (outbox->result == SPOOL_OK)
+		outbox->kept = outbox->batch_count;
+	if (outbox->result != SPOOL_FULL || outbox->batch_count == 1)
+		return;
+	do
+		outbox->result =
+		    spool_commit(outbox->spool, &outbox->batches[outbox->kept], 1, outbox->error, sizeof outbox->error);
+	while (outbox->result == SPOOL_OK && ++outbox->kept < outbox->batch_count);
+}
+
 /* Worker thread. The loop leaves the spool and the job's batches alone. */
 static void job_work(uv_work_t *job)
 {
@@ -176,8 +193,7 @@ static void job_work(uv_work_t *job)
 			outbox->result = spool_test(outbox->spool, outbox->error, sizeof outbox->error);
 		break;
 	case JOB_COMMIT:
-		outbox->result = spool_commit(outbox->spool, outbox->batches, outbox->batch_count, outbox->error,
-		                              sizeof outbox->error);
+		commit(outbox);
 		break;
 	case JOB_REMOVE:
 		outbox->result = spool_remove(outbox->spool, &outbox->batch, outbox->error, sizeof outbox->error);
@@ -210,11 +226,10 @@ static void open_done(struct outbox *outbox)
 
 static void commit_done(struct outbox *outbox)
 {
-	bool kept = outbox->result == SPOOL_OK;
 	outbox->batch_count = 0;
-	if (!kept)
+	if (outbox->result != SPOOL_OK)
 		note_failure(outbox);
-	outbox->handler.committed(outbox->owner, kept);
+	outbox->handler.committed(outbox->owner, outbox->kept);
 }
 
 /* What MongoDB has confirmed is out of the spool for good, and counted now: a crash before would have it twice. */

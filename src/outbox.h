@@ -23,8 +23,8 @@ struct outbox_handler {
 	/* The spool has been opened, or is not used. `error`: another process has it, and it cannot go on; else NULL.
 	 */
 	void (*opened)(void *owner, const char *error);
-	/* The batches of outbox_commit() are on disk, or not. */
-	void (*committed)(void *owner, bool kept);
+	/* The first `kept` batches of outbox_commit() are on disk, the others are not. */
+	void (*committed)(void *owner, size_t kept);
 	/* The drain has tried to store something: what MongoDB said. */
 	void (*answered)(void *owner, const struct store_report *report);
 	/* It takes messages again. */
