@@ -89,7 +89,8 @@ def test_a_slow_link_and_a_cut():
 
 def test_a_file_system_of_its_own(tmpfs):
     path = tmpfs(1)
-    done = subprocess.run(["dd", "if=/dev/zero", f"of={path}/file", "bs=1M", "count=2"], capture_output=True, text=True, check=False)
+    done = subprocess.run(["dd", "if=/dev/zero", f"of={path}/file", "bs=1M", "count=2"], capture_output=True, text=True,
+                          check=False)
     assert "No space left" in done.stderr and Path(path).is_mount()
 
 
