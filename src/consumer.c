@@ -31,11 +31,12 @@ struct consumer {
 	bool retiring;         /* leftover has been told to stop */
 
 	uv_work_t save;
-	bool saving, save_failed;
-	bool recorded;   /* the state file names the filter: only then may it be subscribed */
-	bool opened;     /* the delivery has started */
-	bool subscribed; /* the lane, at least once */
-	bool tidy_lane;  /* the lane's stale filters have been unsubscribed and can be forgotten */
+	bool saving;
+	bool save_result; /* the job's */
+	bool recorded;    /* the state file names the filter: only then may it be subscribed */
+	bool opened;      /* the delivery has started */
+	bool subscribed;  /* the lane, at least once */
+	bool tidy_lane;   /* the lane's stale filters have been unsubscribed and can be forgotten */
 	bool failed;
 	bool stopping, closing;
 	void (*stopped)(void *owner);
@@ -50,8 +51,8 @@ static void save_work(uv_work_t *job)
 {
 	struct consumer *consumer = container_of(job, struct consumer, save);
 	char error[256];
-	consumer->save_failed = !state_save(consumer->state, error, sizeof error);
-	if (consumer->save_failed)
+	consumer->save_result = state_save(consumer->state, error, sizeof error);
+	if (!consumer->save_result)
 		log_error("state", "%s", error);
 }
 
@@ -59,8 +60,8 @@ static void save_done(uv_work_t *job, int status)
 {
 	struct consumer *consumer = container_of(job, struct consumer, save);
 	consumer->saving = false;
-	if (!consumer->save_failed)
-		consumer->recorded = true;
+	consumer->failed = consumer->failed || (!consumer->save_result && !consumer->recorded);
+	consumer->recorded = consumer->recorded || consumer->save_result;
 	go_on(consumer);
 }
 
@@ -212,10 +213,9 @@ static void close_when_idle(struct consumer *consumer);
 
 static void go_on(struct consumer *consumer)
 {
-	bool broken = consumer->failed || (consumer->save_failed && !consumer->recorded);
 	if (consumer->stopping) {
 		close_when_idle(consumer);
-	} else if (broken) {
+	} else if (consumer->failed) {
 		consumer->handler.failed(consumer->owner);
 	} else if (consumer->recorded && consumer->opened) {
 		if (consumer->lane != NULL)
@@ -353,9 +353,9 @@ void consumer_hurry(struct consumer *consumer)
 
 const char *consumer_status(const struct consumer *consumer)
 {
-	const char *trouble = delivery_trouble(consumer->delivery);
 	if (consumer->stopping)
 		return "stopping";
+	const char *trouble = delivery_trouble(consumer->delivery);
 	if (trouble != NULL)
 		return trouble;
 	bool up = consumer->lane != NULL ? lane_is_up(consumer->lane) : qos0_is_up(consumer->qos0);

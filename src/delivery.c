@@ -603,7 +603,7 @@ void delivery_promise(const struct delivery *delivery, char *text, size_t size)
 
 const char *delivery_trouble(const struct delivery *delivery)
 {
-	if (!delivery->away && !delivery->refusing)
+	if (delivery->outbox == NULL || (!delivery->away && !delivery->refusing))
 		return NULL;
 	if (outbox_is_usable(delivery->outbox))
 		return "spooling, MongoDB does not answer";
@@ -650,6 +650,7 @@ static void disconnect_done(uv_work_t *job, int status)
 static void outbox_stopped(void *owner)
 {
 	struct delivery *delivery = owner;
+	delivery->outbox = NULL;
 	uv_queue_work(delivery->loop, &delivery->disconnect, disconnect_work, disconnect_done);
 }
 
