@@ -85,10 +85,10 @@ class Scene:
     published  the numbers of what publish() has published and the broker acknowledged
     """
 
-    def __init__(self, service, broker, server, *, env=None, start=True, **settings):
+    def __init__(self, service, broker, server, *, env=None, build=None, start=True, **settings):
         self.broker, self.server = broker, server
         self._start = start
-        self.running = service(broker=broker, mongod=server, env=env, started=False, settings={
+        self.running = service(broker=broker, mongod=server, env=env, build=build, started=False, settings={
             "mqtt.client_id": CLIENT, "mqtt.username": SERVICE[0], "mqtt.password": SERVICE[1], "mqtt.reconnect.min": "100ms",
             "mqtt.reconnect.max": "500ms"} | settings)
         self.published, self._next, self._ends = set(), 0, itertools.count(1)
