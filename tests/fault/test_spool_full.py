@@ -64,7 +64,7 @@ def test_a_full_disk(scene, tmpfs, kill):
     it = scene(**{"spool.path": disk / "spool.db", "spool.max_size": "1GiB"})
     held = fill(it, disk, 16 << 20, kill)
     free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
-    assert free < 2 << 20, "the disk is not full"
+    assert free < 4 << 20, "the disk is not full, but for what the spool keeps to be able to empty itself"
     resume(it, "disk of 16 MiB", held, killed=kill, free_bytes=free)
 
 
