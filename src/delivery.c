@@ -183,7 +183,9 @@ static void retry_due(uv_timer_t *timer)
 {
 	struct delivery *delivery = container_of(timer, struct delivery, retry);
 	struct delivery_parcel *parcel = first_in(delivery, WAITING);
-	if (parcel == NULL && !delivery->probe_runs)
+	if (delivery->refusing && outbox_is_usable(delivery->outbox))
+		take_again(delivery);
+	else if (parcel == NULL && !delivery->probe_runs)
 		start_probe(delivery);
 	for (; parcel != NULL; parcel = first_in(delivery, WAITING))
 		parcel->phase = READY;
@@ -195,7 +197,7 @@ static void arm_retry(struct delivery *delivery)
 {
 	bool waiting = first_in(delivery, WAITING) != NULL;
 	bool unknown =
-	    (delivery->away || delivery->refusing) && idle(delivery) && !outbox_is_draining(delivery->outbox);
+	    idle(delivery) && (delivery->refusing || (delivery->away && !outbox_is_draining(delivery->outbox)));
 	if (delivery->probe_runs || (!waiting && (!unknown || delivery->stopping)) ||
 	    uv_is_active((uv_handle_t *)&delivery->retry))
 		return;

@@ -184,6 +184,18 @@ static int inspect_broker(struct inspection *inspection, const struct mqtt_handl
 	return inspection->exit_code;
 }
 
+/* Nothing is made or opened: a service may have it. */
+static void describe_spool(const struct config_spool *config)
+{
+	if (config->max_size == 0)
+		printf(
+		    "would     hold what MongoDB does not take, and hand it back to the broker: spool.max_size is 0\n");
+	else
+		printf("would     keep what MongoDB does not take within %lld ms in %s, at most %lld MiB%s\n",
+		       (long long)config->after_ms, config->path, (long long)(config->max_size / (1024 * 1024)),
+		       config->max_size_set ? "" : " and a quarter of the free disk space");
+}
+
 static int inspect_database(const struct config *config)
 {
 	struct store *store = store_create(config);
@@ -207,6 +219,7 @@ static int inspect_database(const struct config *config)
 	printf("would     store %s into %s.%s, what is not valid JSON into %s.%s, and acknowledge after %s\n",
 	       config->consumer.topic, config->mongodb.database, config->consumer.collection, config->mongodb.database,
 	       config->consumer.dead_letter, concern);
+	describe_spool(&config->spool);
 	free(uri);
 	store_destroy(store);
 	return may_write ? 0 : 1;

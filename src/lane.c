@@ -239,13 +239,20 @@ static bool lingers(void *owner)
 	return lane->filling != NULL && delivery_lingers(lane->delivery);
 }
 
+/* Far below the hold limit, which runs meanwhile. */
+static uint64_t linger_ms(const struct lane *lane)
+{
+	uint64_t wanted = (uint64_t)lane->config->spool.linger_ms;
+	return wanted < lane->hold_ms / 4 ? wanted : lane->hold_ms / 4;
+}
+
 static void on_drained(void *owner)
 {
 	struct lane *lane = owner;
 	if (!lingers(lane) || !has_room(lane))
 		close_batch(lane);
 	else if (!uv_is_active((uv_handle_t *)&lane->linger))
-		uv_timer_start(&lane->linger, linger_over, (uint64_t)lane->config->spool.linger_ms, 0);
+		uv_timer_start(&lane->linger, linger_over, linger_ms(lane), 0);
 }
 
 static void on_subscribed(void *owner, int reason)

@@ -255,12 +255,14 @@ static void remove_done(struct outbox *outbox)
 		pause_drain(outbox);
 		return;
 	}
+	size_t open = batch_count_outcome(&outbox->batch, BATCH_OPEN);
+	if (open < outbox->batch.count)
+		outbox->pauses = 0;
 	count_confirmed(outbox);
 	outbox->after = outbox->batch.messages[outbox->batch.count - 1].row;
-	outbox->left_behind = outbox->left_behind || batch_count_outcome(&outbox->batch, BATCH_OPEN) > 0;
+	outbox->left_behind = outbox->left_behind || open > 0;
 	batch_reset(&outbox->batch);
 	outbox->drain = DRAIN_IDLE;
-	outbox->pauses = 0;
 	if (outbox->state == SPOOL_FULL)
 		outbox->test_due = true; /* there may be room now */
 }

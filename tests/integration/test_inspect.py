@@ -67,6 +67,7 @@ def test_check_says_what_was_granted_and_would_be_done(mosquitto, mongod, mongo,
         for word in ("ok", f"127.0.0.1:{mongod.port}", "MongoDB 6.0", "replica set rs0"):
             assert word in lines["database"] or word == "MongoDB 6.0" and "MongoDB" in lines["database"]
         assert f"would     store a/+/b into {database}.messages" in said and f"{database}.dead_letter" in said
+        assert f"would     keep what MongoDB does not take within 250 ms in {running.state / 'spool.db'}, at most 1024 MiB" in said
         assert "w:majority, j:true" in said
     assert ("would     publish to p/q, 12 messages a second at QoS 1" in said) == (role != "consumer")
     assert files(running.state) == [] and database not in mongo.list_database_names()
