@@ -69,6 +69,8 @@ missing_packages() {
 	tool openssl openssl
 	tool groff groff-base
 	tool pgrep procps
+	tool mount mount
+	compgen -G '/usr/lib/*/faketime/libfaketime.so.1' >/dev/null || printf 'libfaketime\n'
 	tool clang clang
 	tool llvm-symbolizer llvm
 	major=$(clang -dumpversion 2>/dev/null || printf 14)

@@ -3,6 +3,7 @@
 import ctypes
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -16,10 +17,11 @@ TIME_FACTOR = float(os.environ.get("MQTT2MONGO_TIME_FACTOR", "1"))
 
 _libc = ctypes.CDLL(None)
 _PR_SET_PDEATHSIG = 1
+_PR_CAPBSET_DROP = 24
 
 
 def _die_with_parent():
-    """Between fork and exec: the kernel ends the process should pytest itself be killed."""
+    """The kernel ends the process should pytest itself be killed."""
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
@@ -58,10 +60,15 @@ class Process:
 
     `directory` must exist; `stdout` and `stderr` are paths in it. Use as a context manager, or call end() in a
     fixture's teardown: it kills whatever state the process is in.
+
+    limits   {resource.RLIMIT_NOFILE: 32, …}: what the kernel grants it, from the next start on
+    without_capabilities  numbers (capability.h) of what root may not do in it
+    cgroup   a directory under /sys/fs/cgroup that it is put into before it runs
     """
 
     def __init__(self, name, directory, environment=None):
         self.name = name
+        self.limits, self.without_capabilities, self.cgroup = {}, [], None
         self.directory = Path(directory)
         self.environment = environment
         self.stdout = self.directory / f"{name}.out"
@@ -74,7 +81,17 @@ class Process:
         with self.stdout.open("ab") as out, self.stderr.open("ab") as err:
             self.popen = subprocess.Popen(
                 [str(argument) for argument in argv], stdin=subprocess.DEVNULL, stdout=out, stderr=err,
-                cwd=self.directory, env=self.environment, start_new_session=True, preexec_fn=_die_with_parent)
+                cwd=self.directory, env=self.environment, start_new_session=True, preexec_fn=self._before_it_runs)
+
+    def _before_it_runs(self):
+        """Between fork and exec."""
+        _die_with_parent()
+        for limit, value in self.limits.items():
+            resource.setrlimit(limit, (value, value))
+        for capability in self.without_capabilities:
+            _libc.prctl(_PR_CAPBSET_DROP, capability)  # fails for who has none of them anyway
+        if self.cgroup:
+            (Path(self.cgroup) / "cgroup.procs").write_text(str(os.getpid()))
 
     @property
     def pid(self):

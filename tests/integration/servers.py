@@ -1,4 +1,4 @@
-"""The real servers of the tests: a mosquitto broker and a mongod replica set of one, each on a free port of 127.0.0.1.
+"""The real servers of the tests: a mosquitto broker, a mongod replica set of one, and one of several, on free ports of 127.0.0.1.
 
 Both have: start(), stop() (SIGTERM, as an operator would), kill9(), restart() (on the same port and data),
 sigstop()/sigcont() (frozen: connections stay open and say nothing), .log, .port.
@@ -128,7 +128,7 @@ class Mosquitto(Process):
 class Mongod(Process):
     """A replica set of one, so that writes can be w:majority, j:true.
 
-    auth         user "tester", password "secret" (in the URI); nothing goes without
+    auth         user "tester", password "secret" or `password` (in the URI); nothing goes without
     failpoints   the test commands too: configureFailPoint makes the server fail or stall on demand
     extra        further arguments
 
@@ -137,9 +137,10 @@ class Mongod(Process):
 
     USER, PASSWORD = "tester", "secret"
 
-    def __init__(self, directory, *, auth=False, failpoints=True, extra=()):
+    def __init__(self, directory, *, auth=False, password=None, failpoints=True, extra=()):
         super().__init__("mongod", directory)
         self.auth, self.failpoints, self.extra = auth, failpoints, list(extra)
+        self.PASSWORD = password or self.PASSWORD
         self.port = None
         self.data = self.directory / "data"
         self.data.mkdir()
@@ -165,8 +166,8 @@ class Mongod(Process):
         self._clients.append(client)
         return client
 
-    def start(self):
-        """Start (again), wait until it takes writes."""
+    def launch(self):
+        """Start (again), wait until it accepts connections."""
         def argv(port):
             arguments = [_program("MQTT2MONGO_MONGOD", "mongod"), "--replSet", "rs0", "--bind_ip", "127.0.0.1", "--port", port,
                          "--dbpath", self.data, "--nounixsocket", "--wiredTigerCacheSizeGB", "0.25", "--oplogSize", "64"]
@@ -177,8 +178,13 @@ class Mongod(Process):
                 arguments += ["--keyFile", self.key_file]
             return arguments + self.extra
 
-        first = self.port is None
         self.port = _start_listening(self, argv, self.port, 30)
+        return self
+
+    def start(self):
+        """Start (again), wait until it takes writes."""
+        first = self.port is None
+        self.launch()
         if first:
             self._initiate()
         with pymongo.MongoClient(self.uri, serverSelectionTimeoutMS=500) as client:
@@ -189,9 +195,13 @@ class Mongod(Process):
         with pymongo.MongoClient("127.0.0.1", self.port, directConnection=True, serverSelectionTimeoutMS=10000) as client:
             members = [{"_id": 0, "host": f"127.0.0.1:{self.port}"}]
             client.admin.command("replSetInitiate", {"_id": "rs0", "members": members})
-            if self.auth:  # the localhost exception: the first user may be made by anybody here
-                wait_until(lambda: self._primary(client), 30, "mongod is primary")
-                client.admin.command("createUser", self.USER, pwd=self.PASSWORD, roles=["root"])
+            if self.auth:
+                self.create_user(client)
+
+    def create_user(self, client):
+        """The localhost exception: the first user may be made by anybody here."""
+        wait_until(lambda: self._primary(client), 30, "mongod is primary")
+        client.admin.command("createUser", self.USER, pwd=self.PASSWORD, roles=["root"])
 
     @staticmethod
     def _primary(client):
@@ -224,3 +234,99 @@ class Mongod(Process):
         for client in self._clients:
             client.close()
         super().end()
+
+
+class ReplicaSet:
+    """Several mongods, of which one is primary and takes writes; with the arguments of Mongod. `members` are its Mongods.
+
+    An election begins 2 s after a primary has fallen silent (by default it is 10 s).
+    """
+
+    def __init__(self, directory, *, size=3, **options):
+        self.members = []
+        for number in range(size):
+            (Path(directory) / f"member-{number}").mkdir()
+            self.members.append(Mongod(Path(directory) / f"member-{number}", **options))
+        self._clients = []
+
+    @property
+    def uri(self):
+        first = self.members[0]
+        user = f"{first.USER}:{first.PASSWORD}@" if first.auth else ""
+        return f"mongodb://{user}{','.join(f'127.0.0.1:{member.port}' for member in self.members)}/?replicaSet=rs0"
+
+    def client(self, **options):
+        """As Mongod.client()."""
+        client = pymongo.MongoClient(self.uri, **{"serverSelectionTimeoutMS": 30000, **options})
+        self._clients.append(client)
+        return client
+
+    def start(self):
+        """Start all, for the first time, and wait for a primary."""
+        for member in self.members:
+            member.launch()
+        first = self.members[0]
+        with pymongo.MongoClient("127.0.0.1", first.port, directConnection=True, serverSelectionTimeoutMS=10000) as client:
+            members = [{"_id": number, "host": f"127.0.0.1:{member.port}"}
+                       for number, member in enumerate(self.members)]
+            client.admin.command("replSetInitiate", {"_id": "rs0", "members": members,
+                                                     "settings": {"electionTimeoutMillis": 2000}})
+            if first.auth:
+                first.create_user(client)
+        self.wait_primary()
+        return self
+
+    def primary(self):
+        """The member that takes writes, or None."""
+        for member in self.members:
+            if member.alive:
+                options = {"username": member.USER, "password": member.PASSWORD} if member.auth else {}
+                with pymongo.MongoClient("127.0.0.1", member.port, directConnection=True, serverSelectionTimeoutMS=1000,
+                                         **options) as client:
+                    try:
+                        if client.admin.command("hello")["isWritablePrimary"]:
+                            return member
+                    except pymongo.errors.PyMongoError:
+                        pass
+        return None
+
+    def wait_primary(self, other_than=None, timeout=60):
+        """Wait for a primary that is not `other_than`, and return it."""
+        def found():
+            member = self.primary()
+            return member if member is not other_than else None
+
+        return wait_until(found, timeout, "there is a new primary", interval=0.1)
+
+    def step_down(self):
+        """The primary steps down, for 10 s at least: the member that was it."""
+        member = self.wait_primary()
+        with pymongo.MongoClient(self.uri, serverSelectionTimeoutMS=5000) as client:
+            client.admin.command("replSetStepDown", 10, secondaryCatchUpPeriodSecs=5)
+        return member
+
+    def kill_primary(self):
+        """SIGKILL for the primary: the member that was it. launch() brings it back."""
+        member = self.wait_primary()
+        member.kill9()
+        return member
+
+    @property
+    def alive(self):
+        return all(member.alive for member in self.members)
+
+    @property
+    def log(self):
+        return "".join(member.log for member in self.members)
+
+    def end(self):
+        for client in self._clients:
+            client.close()
+        for member in self.members:
+            member.end()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.end()

@@ -235,7 +235,7 @@ def test_nothing_outlives_its_test(tmp_path):
 def _pytest(tmp_path, test, *arguments):
     """Run a pytest of its own, with our conftest, on the given test."""
     here = Path(__file__).parent
-    (tmp_path / "conftest.py").write_text((here / "conftest.py").read_text())
+    (tmp_path / "conftest.py").write_text((here.parent / "conftest.py").read_text())
     (tmp_path / "test_it.py").write_text(textwrap.dedent(test))
     (tmp_path / "pytest.ini").write_text(f"[pytest]\npythonpath = {here}\n")
     return [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path), *arguments]

@@ -9,10 +9,7 @@ MQTT2MONGO_TEST_SEED repeats the random moments of an earlier run as far as the 
 import bisect
 import datetime
 import json
-import os
-import random
 import signal
-import threading
 import time
 
 import pytest
@@ -20,122 +17,9 @@ import pytest
 import clients
 from processes import TIME_FACTOR, wait_until
 from service import BUILD, GATE_OPEN_BUILD
+from stream import CLIENT, END, SESSION, Stored, Stream, content_of, figures, seeded, topic_of
 
-CLIENT = "under-test"
-SESSION = f"{CLIENT}-1"
-END = "sensors/end"
 QUICK = {"mqtt.client_id": CLIENT, "mqtt.reconnect.min": "100ms", "mqtt.reconnect.max": "500ms"}
-
-
-def topic_of(number):
-    return f"sensors/device-{number % 7}/readings"
-
-
-def content_of(number):
-    return {"n": number, "text": f"Prüfung {number}", "values": [number, number / 8, None, True]}
-
-
-def figures(**held):
-    print("  ".join(f"{name} {value}" for name, value in held.items()))
-
-
-class Stream:
-    """Publishes numbered messages (QoS 1) at a steady pace from a thread until finish(). When the connection goes it makes another
-    one; what was not acknowledged by then is sent no second time.
-
-    acknowledged  {number: time.time() when the broker's PUBACK was read}
-    sent          how many were published
-    lost          how many connections were lost
-    """
-
-    WINDOW = 1000
-
-    def __init__(self, port, pace):
-        self.acknowledged, self.sent, self.lost = {}, 0, 0
-        self._port, self._pace = port, pace
-        self._stop, self._error = threading.Event(), None
-        self._thread = threading.Thread(target=self._run, daemon=True)
-
-    def __enter__(self):
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_):
-        self._stop.set()
-        self._thread.join(30 * TIME_FACTOR)
-
-    def _run(self):
-        try:
-            while not self._stop.is_set():
-                try:
-                    with clients.connected(self._port, setup=self._set_up) as client:
-                        self._publish(client)
-                except (OSError, AssertionError):  # the broker is away
-                    time.sleep(0.02)
-        except BaseException as error:  # handed to finish()
-            self._error = error
-
-    @classmethod
-    def _set_up(cls, client):
-        client.max_inflight_messages_set(cls.WINDOW)
-        client.max_queued_messages_set(0)
-
-    def _publish(self, client):
-        under_way = {}
-
-        def on_publish(_client, _data, message_id, reason, _properties):
-            number = under_way.pop(message_id)
-            if not reason.is_failure:
-                self.acknowledged[number] = time.time()
-
-        client.on_publish = on_publish
-        begun, before = time.monotonic(), self.sent
-        while under_way or not self._stop.is_set():
-            due = 0 if self._stop.is_set() else (time.monotonic() - begun) * self._pace
-            while self.sent - before < due and len(under_way) < self.WINDOW:
-                number = self.sent
-                info = client.publish(topic_of(number), json.dumps(content_of(number)), qos=1)
-                self.sent += 1
-                under_way[info.mid] = number
-            if client.loop(timeout=0.001) != 0:
-                self.lost += 1
-                return
-
-    def wait(self, count, timeout=60):
-        """Wait until `count` messages are acknowledged."""
-        wait_until(lambda: self._error or len(self.acknowledged) >= count, timeout,
-                   lambda: f"{count} messages acknowledged, {len(self.acknowledged)} are")
-        assert self._error is None, self._error
-
-    def finish(self):
-        """Stop, once everything under way is acknowledged; the numbers of what the broker took."""
-        self._stop.set()
-        wait_until(lambda: not self._thread.is_alive(), 30, "the publisher is done")
-        assert self._error is None, self._error
-        return set(self.acknowledged)
-
-    @property
-    def rate(self):
-        """Acknowledged messages a second, from the first to the last."""
-        times = self.acknowledged.values()
-        return len(times) / max(max(times) - min(times), 0.001)
-
-
-class Stored:
-    """What is in MongoDB, checked against what was published: `copies` {number: [documents, the earliest received first]}."""
-
-    def __init__(self, collection):
-        self.copies = {}
-        for document in collection.find({"topic": {"$ne": END}}).sort("received_at", 1):
-            number = document["payload"]["n"]
-            assert document["payload"] == content_of(number), document
-            assert document["topic"] == topic_of(number) and document["qos"] == 1 and document["retain"] is False, document
-            self.copies.setdefault(number, []).append(document)
-        self.documents = sum(map(len, self.copies.values()))
-        self.twice = self.documents - len(self.copies)
-
-    def missing(self, acknowledged):
-        return acknowledged - self.copies.keys()
 
 
 def wall_time(document):
@@ -152,12 +36,6 @@ def settle(running, broker, collection):
     assert sums["consumer"]["in_flight"] == 0
     return sums, {json.loads(message.payload)["n"] for message in clients.take_session(broker.port, SESSION)
                   if message.topic != END}
-
-
-def seeded():
-    seed = int(os.environ.get("MQTT2MONGO_TEST_SEED") or random.SystemRandom().randrange(1_000_000))
-    print(f"MQTT2MONGO_TEST_SEED={seed}")
-    return random.Random(seed)
 
 
 def consumer(service, broker, mongod, database="mqtt2mongo", build=None, **settings):

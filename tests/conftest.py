@@ -3,12 +3,13 @@
     mosquitto(...)      starts a Mosquitto (servers.py); arguments are Mosquitto's
     mongod              the session's Mongod, shared: do not stop it; each test has a `database` of its own on it
     fresh_mongod(...)   starts a Mongod of the test's own, to be killed and restarted
+    replica_set(...)    starts a ReplicaSet of three
     database            name of a database that is empty, and dropped afterwards
     collection          pymongo collection: the default one of `database`
     certificates        Certificates (certificates.py), made once a session
     service(...)        starts a Service (service.py)
 
-With started=False the three functions only make it.
+With started=False these functions only make it.
 """
 
 import contextlib
@@ -18,7 +19,7 @@ import signal
 import pytest
 
 from certificates import Certificates
-from servers import Mongod, Mosquitto
+from servers import Mongod, Mosquitto, ReplicaSet
 from service import Service
 from skips import pytest_make_collect_report, pytest_runtest_makereport  # noqa: F401 (hooks, found by name)
 
@@ -69,6 +70,11 @@ def mongod(tmp_path_factory):
 @pytest.fixture
 def fresh_mongod(directory):
     yield from _factory(lambda **options: Mongod(directory("mongod"), **options))
+
+
+@pytest.fixture
+def replica_set(directory):
+    yield from _factory(lambda **options: ReplicaSet(directory("replica-set"), **options))
 
 
 @pytest.fixture
