@@ -72,7 +72,7 @@ struct outbox {
 	bool left_behind;   /* in this pass: messages that MongoDB did not take */
 	uv_timer_t pause;   /* active: no attempt before it fires */
 
-	struct log_repeat complaint;
+	struct log_repeat complaint, full;
 	uint64_t said_at; /* loop time of the last line about its size */
 	bool said;        /* since it was empty */
 	bool stopping, closing;
@@ -135,9 +135,10 @@ static void test_now(uv_timer_t *timer)
 static void note_failure(struct outbox *outbox)
 {
 	outbox->state = outbox->result;
-	log_repeat(&outbox->complaint, LOG_LEVEL_ERROR, "spool",
-	           "spool %s: %s; while MongoDB is away nothing more is acknowledged",
-	           outbox->state == SPOOL_FULL ? "full" : "failed", outbox->error);
+	bool full = outbox->state == SPOOL_FULL; /* each has its own last text: they may alternate */
+	log_repeat(full ? &outbox->full : &outbox->complaint, LOG_LEVEL_ERROR, "spool",
+	           "spool %s: %s; while MongoDB is away nothing more is acknowledged", full ? "full" : "failed",
+	           outbox->error);
 	if (!uv_is_active((uv_handle_t *)&outbox->test))
 		uv_timer_start(&outbox->test, test_now, delay(++outbox->tests, TEST_MOST_MS), 0);
 }
@@ -152,6 +153,7 @@ static void note_success(struct outbox *outbox)
 		return;
 	log_info("spool", "takes messages again");
 	log_repeat_end(&outbox->complaint);
+	log_repeat_end(&outbox->full);
 	outbox->handler.usable(outbox->owner);
 }
 

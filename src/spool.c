@@ -340,9 +340,22 @@ static int empty_wal(struct spool *spool)
 
 /* Whether `frames` more fit below spool.max_size with `kept` bytes to spare: *fits. The WAL is emptied when that helps.
  */
+/* What the spool may take on disk: spool.max_size, or what it has and what is free if that is less. A spool that has
+ * filled its disk has no room for the log that removing needs. */
+static int64_t most_bytes(const struct spool *spool)
+{
+	int64_t most = (int64_t)atomic_load(&spool->max_size);
+	struct statvfs disk;
+	if (statvfs(spool->directory, &disk) != 0)
+		return most;
+	int64_t here = size_of(spool->path) + size_of(spool->wal) + size_of(spool->index) +
+	               (int64_t)disk.f_bavail * (int64_t)disk.f_frsize;
+	return here < most ? here : most;
+}
+
 static int find_room(struct spool *spool, int64_t frames, int64_t added, int64_t kept, bool *fits)
 {
-	int64_t bytes = 0, most = (int64_t)atomic_load(&spool->max_size) - kept;
+	int64_t bytes = 0, most = most_bytes(spool) - kept;
 	int code = reckon(spool, frames, added, &bytes);
 	*fits = bytes <= most;
 	if (code != SQLITE_OK || *fits || size_of(spool->wal) == 0)

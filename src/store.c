@@ -98,6 +98,14 @@ static bool is_configuration(uint32_t domain, int code)
 	       ((domain == MONGOC_ERROR_SERVER || domain == MONGOC_ERROR_WRITE_CONCERN) && one_of(code, codes));
 }
 
+/* Of write concern errors: too few members confirm in time, or there never can be enough. The others are elections and
+ * shutdowns, which only interrupted the waiting. */
+static bool is_unmet(int code)
+{
+	static const int codes[] = {2, 9, 64, 79, 100, 0};
+	return one_of(code, codes);
+}
+
 static const char *remedy(uint32_t domain, int code)
 {
 	if ((domain == MONGOC_ERROR_CLIENT && code == MONGOC_ERROR_CLIENT_AUTHENTICATE) ||
@@ -105,7 +113,7 @@ static const char *remedy(uint32_t domain, int code)
 		return "; check user name, password and authSource in mongodb.uri";
 	if (domain == MONGOC_ERROR_SERVER && code == 13)
 		return "; the user of mongodb.uri needs the role readWrite on mongodb.database";
-	if (domain == MONGOC_ERROR_WRITE_CONCERN ||
+	if ((domain == MONGOC_ERROR_WRITE_CONCERN && is_unmet(code)) ||
 	    (domain == MONGOC_ERROR_SERVER && (code == 2 || code == 9 || code == 79 || code == 100)))
 		return "; check mongodb.write_concern.w against the replica set and its members";
 	if (domain == MONGOC_ERROR_SERVER_SELECTION)
@@ -608,7 +616,9 @@ static void settle_failure(struct write *write, struct chunk *chunk, const bson_
 	bool about_one = !find_write_concern_error(reply, error) && may_hide_one_document(error);
 	write->report->away = write->report->away || !about_one;
 	if (error->domain == MONGOC_ERROR_WRITE_CONCERN) {
-		report_error(write->report, error, "cannot store in MongoDB as mongodb.write_concern.w wants it");
+		report_error(write->report, error,
+		             is_unmet((int)error->code) ? "cannot store in MongoDB as mongodb.write_concern.w wants it"
+		                                        : "MongoDB did not confirm a write");
 	} else if (!about_one) {
 		if (error->domain == 0)
 			snprintf(error->message, sizeof error->message,
