@@ -1071,8 +1071,9 @@ static enum spool_result refuse(struct spool *spool, int64_t frames, char *error
 {
 	spool->refused = frames;
 	snprintf(error, error_size,
-	         "the spool %s is full: %" PRIu64 " messages, %" PRIu64 " of %" PRIu64 " bytes (spool.max_size)",
-	         spool->path, atomic_load(&spool->messages), atomic_load(&spool->bytes), atomic_load(&spool->max_size));
+	         "the spool %s is full: %" PRIu64 " messages, %" PRIu64 " of %" PRIu64 " bytes (spool.max_size)%s",
+	         spool->path, atomic_load(&spool->messages), atomic_load(&spool->bytes), atomic_load(&spool->max_size),
+	         most_bytes(spool) < (int64_t)atomic_load(&spool->max_size) ? ", and the disk has no more" : "");
 	return SPOOL_FULL;
 }
 
@@ -1316,10 +1317,12 @@ static int has_room(struct spool *spool, bool *fits)
 	struct statvfs disk;
 	int64_t quarter = (int64_t)atomic_load(&spool->max_size) / 4 / FRAME_BYTES;
 	int64_t frames = spool->refused > quarter ? quarter : spool->refused;
+	int code = SQLITE_OK;
 	*fits = true;
-	if (frames == 0 || atomic_load(&spool->messages) == 0)
+	if (frames == 0)
 		return SQLITE_OK;
-	int code = find_room(spool, frames, frames, reserve_of(spool), fits);
+	if (atomic_load(&spool->messages) > 0) /* else spool.max_size leaves as much room as it ever will */
+		code = find_room(spool, frames, frames, reserve_of(spool), fits);
 	if (*fits && statvfs(spool->directory, &disk) == 0)
 		*fits = (int64_t)disk.f_bavail * (int64_t)disk.f_frsize >= frames * FRAME_BYTES;
 	return code;
