@@ -11,6 +11,7 @@ import pytest
 import clients
 from processes import wait_until
 
+pytestmark = pytest.mark.threads
 CLIENT = "under-test"
 SESSION = f"{CLIENT}-1"
 QUICK = {"mqtt.client_id": CLIENT, "mqtt.reconnect.min": "100ms", "mqtt.reconnect.max": "500ms"}
