@@ -294,7 +294,7 @@ def test_a_mongodb_that_does_not_answer(consumer, mosquitto, mongod, collection,
     broker = mosquitto()
     with peers.BlackHole() if kind == "black hole" else peers.Peer(peers.stay_silent) as peer:
         uri = f"mongodb://127.0.0.1:{peer.port}/?directConnection=true&serverSelectionTimeoutMS=1000&connectTimeoutMS=1000"
-        process = consumer(broker.port, **{"mongodb.uri": uri, "mqtt.keepalive": "10s"})
+        process = consumer(broker.port, **{"mongodb.uri": uri, "mqtt.keepalive": "10s", "spool.max_size": 0})
         _start(process)
         late = _assert_says(process, "MongoDB does not answer: ", process.begun, 2)
         # Taken, held, handed back past the hold limit of 3 s, not before.
@@ -412,7 +412,7 @@ def _held_messages(recorder, connection):
 def test_past_the_hold_limit_the_connection_is_given_up(recorded, collection, ending):
     """mongod freezes for longer than half the keepalive less 2 s: the connection closes without PUBACK and without DISCONNECT, and
     what was held comes again."""
-    process, broker, recorder, _, to_mongod = recorded(settings={"mqtt.keepalive": "10s"})
+    process, broker, recorder, _, to_mongod = recorded(settings={"mqtt.keepalive": "10s", "spool.max_size": 0})
     _start(process)
     process.wait_log("subscribed to")
     assert len(clients.publish(broker.port, [b'{"before": %d}' % n for n in range(20)])) == 20
