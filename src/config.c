@@ -130,6 +130,11 @@ const struct config_entry config_entries[] = {
      AT(consumer.batch_bytes),
      .initial_note = "8MiB, or consumer.max_payload if that is more",
      .help = "the most bytes of topics and payloads stored and acknowledged together"},
+    {.key = "consumer.qos0.topic", .type = CONFIG_TYPE_TEXT, AT(consumer.qos0_topic),
+     .help = "a second topic filter, subscribed at QoS 0 on a connection of its own, for messages that may be lost"},
+    {.key = "consumer.qos0.buffer", .type = CONFIG_TYPE_SIZE, .initial = "16MiB", .least = "64KiB", .most = "1GiB",
+     AT(consumer.qos0_buffer),
+     .help = "the most memory for such messages while they wait for MongoDB; what comes beyond it is dropped and counted"},
 
     {.key = "publisher.topic", .type = CONFIG_TYPE_TEXT, .initial = "sensors/{device}/readings", AT(publisher.topic),
      .help = "topic to publish to; {device} becomes the name of the device"},

@@ -75,6 +75,8 @@ struct config_consumer {
 	int64_t max_payload; /* bytes, up to 15 MiB */
 	int64_t batch_count; /* messages */
 	int64_t batch_bytes; /* topic + payload bytes */
+	char *qos0_topic;    /* filter, or NULL */
+	int64_t qos0_buffer; /* bytes */
 };
 
 struct config_publisher {

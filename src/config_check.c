@@ -238,6 +238,12 @@ static void check_consumer(struct config_loader *loader)
 	if (strcmp(consumer->collection, consumer->dead_letter) == 0)
 		complain(loader, "consumer.dead_letter",
 		         "is the same as consumer.collection, dead letters need a collection of their own");
+	if (consumer->qos0_topic != NULL)
+		complain(loader, "consumer.qos0.topic",
+		         consumer->qos == 0 ? "has no effect with consumer.qos 0, which takes consumer.topic that way"
+		         : strcmp(consumer->qos0_topic, consumer->topic) == 0
+		             ? "is the same as consumer.topic, every message would be stored twice"
+		             : filter_fault(consumer->qos0_topic));
 	if (consumer->qos == 0)
 		config_warning(loader,
 		               "%s: 0 promises less than 1: what is on its way while a connection or process ends "

@@ -1,12 +1,9 @@
 /*
- * From the broker into MongoDB: one connection, one round of messages at a time.
+ * From the broker into MongoDB: the connections (lane.h), what makes their messages durable (delivery.h), and the
+ * record of the broker's sessions in the state file, which is written before anything is subscribed. Sessions of the
+ * state file that are no longer configured are unsubscribed, emptied through a connection of their own and ended.
  *
- * A round is what arrived while the one before it was being stored, up to consumer.batch.count and .bytes; there is
- * no linger timer. Workers store it in a few batches; when every message of it is durable, its PUBACKs leave and
- * reading goes on. What cannot be stored within the hold limit is handed back: the connection is given up without a
- * word, and the broker delivers again when it is taken up, which happens when MongoDB answers.
- *
- * Loop thread, but for the jobs in workers, which see only the batch they were given.
+ * Loop thread, but for the state file's job in a worker.
  */
 #ifndef MQTT2MONGO_CONSUMER_H
 #define MQTT2MONGO_CONSUMER_H
@@ -22,7 +19,8 @@ struct consumer;
 struct consumer_handler {
 	/* The broker has taken the subscription: from now on nothing that is published escapes. Each time. */
 	void (*subscribed)(void *owner);
-	/* It cannot go on, and the log says why: the state directory cannot be written. */
+	/* It cannot go on, and the log says why: the state directory cannot be written, another process has the spool.
+	 */
 	void (*failed)(void *owner);
 };
 
@@ -30,11 +28,11 @@ struct consumer_handler {
 struct consumer *consumer_start(uv_loop_t *loop, const struct config *config, struct state *state,
                                 struct metrics_consumer *counters, const struct consumer_handler *handler, void *owner);
 
-/* Read no more, store and acknowledge what is in flight, disconnect. `stopped` is called when everything is closed, and
- * then the memory is gone. */
+/* Read no more, store (or spool) and acknowledge what is in flight, disconnect. `stopped` is called when everything is
+ * closed, and then the memory is gone. */
 void consumer_stop(struct consumer *consumer, void (*stopped)(void *owner));
 
-/* While stopping: do not wait for MongoDB any longer, hand back what is not stored. A job that a worker has begun is
+/* While stopping: do not wait for MongoDB any longer, hand back what is not durable. A job that a worker has begun is
  * still waited for. */
 void consumer_hurry(struct consumer *consumer);
 

@@ -8,7 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-static const char *const cause_names[METRICS_CAUSES] = {"hold_limit", "shutdown"};
+static const char *const cause_names[METRICS_CAUSES] = {"hold_limit", "shutdown", "overload"};
 
 uint64_t metrics_total(const uint64_t *counters, int count)
 {
@@ -23,6 +23,24 @@ static uint64_t settled(const struct metrics_consumer *consumer)
 	return consumer->stored + consumer->duplicates + metrics_total(consumer->dead_lettered, DOCUMENT_REASONS) +
 	       consumer->spooled + metrics_total(consumer->dropped, METRICS_CAUSES) +
 	       metrics_total(consumer->returned, METRICS_CAUSES);
+}
+
+void metrics_count_outcome(struct metrics_consumer *consumer, const struct batch_message *message)
+{
+	switch ((enum batch_outcome)message->outcome) {
+	case BATCH_STORED:
+		consumer->stored++;
+		break;
+	case BATCH_DUPLICATE:
+		consumer->duplicates++;
+		break;
+	case BATCH_DEAD_LETTERED:
+		consumer->dead_lettered[message->reason]++;
+		consumer->truncated += batch_is_cut(message);
+		break;
+	case BATCH_OPEN:
+		break;
+	}
 }
 
 uint64_t metrics_in_flight(const struct metrics_consumer *consumer)

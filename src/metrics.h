@@ -15,8 +15,11 @@
 enum metrics_cause {
 	METRICS_HOLD_LIMIT, /* MongoDB was away longer than the connection could be held */
 	METRICS_SHUTDOWN,   /* the service stopped before it was stored */
+	METRICS_OVERLOAD,   /* QoS 0: more than the connection's buffer holds */
 	METRICS_CAUSES
 };
+
+enum metrics_spool { METRICS_SPOOL_OFF, METRICS_SPOOL_OK, METRICS_SPOOL_FULL, METRICS_SPOOL_FAILED };
 
 struct metrics_consumer {
 	uint64_t received;
@@ -31,6 +34,12 @@ struct metrics_consumer {
 	uint64_t redelivered; /* of those received, with the DUP flag */
 	uint64_t batches;     /* written */
 	uint64_t largest_batch;
+
+	/* how things stand now */
+	bool database_up;
+	enum metrics_spool spool_state;
+	uint64_t spool_messages, spool_bytes, spool_max_bytes;
+	int64_t spool_oldest_ms; /* received_at of the oldest message; 0: it is empty */
 };
 
 struct metrics_publisher {
@@ -45,6 +54,9 @@ struct metrics_loop {
 	uint64_t longest_iteration_us; /* the time the loop was not waiting, at its worst */
 	uint64_t iterations;
 };
+
+/* Count what a message has become: stored, duplicate or dead letter. */
+void metrics_count_outcome(struct metrics_consumer *consumer, const struct batch_message *message);
 
 /* Messages that are in no other term yet. */
 uint64_t metrics_in_flight(const struct metrics_consumer *consumer);

@@ -73,6 +73,7 @@ struct mqtt {
 	char *client_id, *address;
 	const char *name;
 	bool clean_start, keep_client;
+	bool ends_session; /* with its DISCONNECT */
 
 	enum state state;
 	struct mosquitto *client;
@@ -276,6 +277,12 @@ static bool may_read(const struct mqtt *mqtt)
 	if (mqtt->state != UP || !is_consumer(mqtt))
 		return true;
 	return mqtt->handler.room == NULL || mqtt->handler.room(mqtt->owner);
+}
+
+/* More may be read although messages are held: what is unsent then are their PUBACKs, which wait for the gate. */
+static bool lingers(const struct mqtt *mqtt)
+{
+	return mqtt->held != 0 && mqtt->handler.lingers != NULL && mqtt->handler.lingers(mqtt->owner);
 }
 
 /* One segment for many PUBACKs: without it each leaves in a packet of its own. */
@@ -597,7 +604,7 @@ static int wanted_events(struct mqtt *mqtt)
 		return UV_READABLE | (waiting ? UV_WRITABLE : 0);
 	if (waiting)
 		return UV_DISCONNECT | UV_WRITABLE;
-	if (mqtt->held != 0 || !may_read(mqtt))
+	if ((mqtt->held != 0 && !lingers(mqtt)) || !may_read(mqtt))
 		return UV_DISCONNECT;
 	return UV_READABLE;
 }
@@ -635,7 +642,7 @@ static void on_poll(uv_poll_t *poll, int status, int events)
 	}
 	if ((events & UV_WRITABLE) && !flush(mqtt))
 		return;
-	bool blocked = is_consumer(mqtt) && mqtt->state == UP && (mqtt->held != 0 || unsent(mqtt));
+	bool blocked = is_consumer(mqtt) && mqtt->state == UP && (mqtt->held != 0 || unsent(mqtt)) && !lingers(mqtt);
 	if ((events & (UV_READABLE | UV_WRITABLE) || status < 0) && !blocked)
 		read_burst(mqtt);
 	if (mqtt->link != link)
@@ -1132,8 +1139,18 @@ static void close_gracefully(struct mqtt *mqtt)
 	mqtt->state = CLOSING;
 	uv_timer_stop(&mqtt->keepalive);
 	uv_timer_start(&mqtt->timer, close_timed_out, is_consumer(mqtt) ? CLOSE_CONSUMER_MS : CLOSE_MS, 0);
-	mosquitto_disconnect_v5(mqtt->client, 0, NULL);
+	mosquitto_property *properties = NULL;
+	if (mqtt->ends_session && mqtt->config->protocol == 5)
+		mosquitto_property_add_int32(&properties, MQTT_PROP_SESSION_EXPIRY_INTERVAL, 0);
+	mosquitto_disconnect_v5(mqtt->client, 0, properties);
+	mosquitto_property_free_all(&properties);
 	send_disconnect(mqtt);
+}
+
+void mqtt_close_session(struct mqtt *mqtt, void (*closed)(void *owner))
+{
+	mqtt->ends_session = true;
+	mqtt_close(mqtt, closed);
 }
 
 void mqtt_close(struct mqtt *mqtt, void (*closed)(void *owner))

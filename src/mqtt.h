@@ -56,6 +56,8 @@ struct mqtt_handler {
 	bool (*room)(void *owner);
 	/* After a burst in which messages came: the socket is empty or there is no more room. */
 	void (*drained)(void *owner);
+	/* True: read on, while there is room, although messages are held; nothing is written. NULL: false. */
+	bool (*lingers)(void *owner);
 	/* SUBACK: the granted QoS, or a reason code ≥ 0x80. */
 	void (*subscribed)(void *owner, int reason);
 	void (*unsubscribed)(void *owner);
@@ -107,6 +109,10 @@ bool mqtt_is_up(const struct mqtt *mqtt);
 
 /* The host and port of the configuration, for messages. */
 const char *mqtt_address(const struct mqtt *mqtt);
+
+/* As mqtt_close(), and the broker is told to forget the session (MQTT 5 §3.14.2.2.2: session expiry 0; under MQTT 3.1.1
+ * it is left behind, empty). Only while connected and with nothing held. */
+void mqtt_close_session(struct mqtt *mqtt, void (*closed)(void *owner));
 
 /* End it: DISCONNECT when nothing is held, else without a word. No handler is called any more; `closed` is, once every
  * handle is closed, and then the memory is gone. A running connect job is waited for. Called again: wait for the broker

@@ -20,9 +20,12 @@ enum {
 	DRAIN_CHECK_MS = 100, /* after the publisher's last message: has the consumer got it? */
 	DRAIN_MOST_MS = 10000,
 	UNSTOPPABLE_MS = 1500, /* a worker that hangs in the resolver or the driver gets this long on top */
-	EXTRA_THREADS = 4,     /* for name resolution, connects and files, beside the storing workers */
+	EXTRA_THREADS =
+	    6, /* for the spool, its drain, name resolution, connects and files, beside the storing workers */
 	SIGNALS = 4,
 };
+
+#define MIB 1048576.0
 
 struct service {
 	uv_loop_t loop;
@@ -105,6 +108,10 @@ static void show_status(uv_timer_t *timer)
 		         (unsigned long long)metrics_total(counters->dead_lettered, DOCUMENT_REASONS),
 		         (unsigned long long)metrics_in_flight(counters));
 		service->status_stored = counters->stored;
+		length = strlen(text);
+		if (counters->spool_messages > 0)
+			snprintf(text + length, sizeof text - length, ", %llu in the spool (%.1f MiB)",
+			         (unsigned long long)counters->spool_messages, (double)counters->spool_bytes / MIB);
 	}
 	log_status(text);
 }

@@ -26,7 +26,7 @@ enum { MOST_BYTES = 4 * 1024 * 1024, ROLES = 2 };
 struct state {
 	char *directory, *path, *temporary, *lock;
 	cJSON *tree;
-	char *own;    /* the session this process changes, or NULL; all others are whoever wrote them last */
+	cJSON *own;   /* names the sessions this process has changed; all others are as whoever wrote them last */
 	bool changed; /* since it was read or saved */
 	struct {
 		char name[16];
@@ -131,7 +131,7 @@ void state_close(struct state *state)
 	free(state->path);
 	free(state->temporary);
 	free(state->lock);
-	free(state->own);
+	cJSON_Delete(state->own);
 	free(state);
 }
 
@@ -231,10 +231,15 @@ static cJSON *child_of(cJSON *parent, const char *name, bool array)
 static void own_session(struct state *state, const char *client_id)
 {
 	state->changed = true;
-	if (state->own != NULL && strcmp(state->own, client_id) == 0)
-		return;
-	free(state->own);
-	state->own = memory_string(client_id);
+	if (state->own == NULL)
+		state->own = cJSON_CreateObject();
+	if (cJSON_GetObjectItemCaseSensitive(state->own, client_id) == NULL)
+		cJSON_AddTrueToObject(state->own, client_id);
+}
+
+static bool is_own(const struct state *state, const char *client_id)
+{
+	return cJSON_GetObjectItemCaseSensitive(state->own, client_id) != NULL;
 }
 
 void state_add_filter(struct state *state, const char *client_id, const char *filter)
@@ -254,6 +259,22 @@ void state_remove_filter(struct state *state, const char *client_id, const char 
 		return;
 	own_session(state, client_id);
 	cJSON_DeleteItemFromArray(filters, index);
+}
+
+const char *state_session(const struct state *state, size_t index)
+{
+	const cJSON *sessions = cJSON_GetObjectItemCaseSensitive(state->tree, "sessions");
+	const cJSON *session = cJSON_GetArrayItem(sessions, (int)index);
+	return session != NULL ? session->string : NULL;
+}
+
+void state_remove_session(struct state *state, const char *client_id)
+{
+	cJSON *sessions = cJSON_GetObjectItemCaseSensitive(state->tree, "sessions");
+	if (cJSON_GetObjectItemCaseSensitive(sessions, client_id) == NULL)
+		return;
+	own_session(state, client_id);
+	cJSON_DeleteItemFromObjectCaseSensitive(sessions, client_id);
 }
 
 static bool write_durably(int fd, const char *text)
@@ -302,7 +323,7 @@ static void merge_saved(struct state *state)
 		take_over(state->tree, saved, "client_id");
 		const cJSON *theirs = child_of(saved, "sessions", false);
 		cJSON_ArrayForEach (session, theirs) {
-			if (state->own == NULL || strcmp(session->string, state->own) != 0)
+			if (!is_own(state, session->string))
 				take_over(sessions, theirs, session->string);
 		}
 	}

@@ -39,6 +39,12 @@ const char *state_filter(const struct state *state, const char *client_id, size_
 void state_add_filter(struct state *state, const char *client_id, const char *filter);
 void state_remove_filter(struct state *state, const char *client_id, const char *filter);
 
+/* The client ids of all sessions that are remembered, by index from 0; NULL behind the last. */
+const char *state_session(const struct state *state, size_t index);
+
+/* Forget the session of `client_id`: it has been ended at the broker. In memory until state_save(). */
+void state_remove_session(struct state *state, const char *client_id);
+
 /* Make changes durable, beside those another process has saved meanwhile: a client id that is already in the file takes
  * the place of one just made, so ask for it again. Nothing to do: true at once. False with `error` filled. */
 bool state_save(struct state *state, char *error, size_t error_size);

@@ -238,6 +238,7 @@ static mongoc_client_t *borrow_client(struct store *store, struct store_report *
 	if (client != NULL)
 		return client;
 	report->class = STORE_TRANSIENT;
+	report->away = true;
 	if (pool != NULL)
 		snprintf(error.message, sizeof error.message, "no free connection within its waitQueueTimeoutMS");
 	snprintf(report->message, sizeof report->message, "cannot use mongodb.uri: %s", error.message);
@@ -312,7 +313,8 @@ static void bury(struct write *write, size_t message, const struct document_faul
 	}
 	write->batch->messages[message].reason = (uint8_t)fault->reason;
 	document_dead_letter(write->batch, &write->batch->messages[message], fault,
-	                     write->store->config->consumer.topic, &dead->bytes);
+	                     write->batch->route != NULL ? write->batch->route : write->store->config->consumer.topic,
+	                     &dead->bytes);
 	chunk_add(dead, start, message);
 }
 
@@ -488,9 +490,11 @@ static void insert_range(struct write *write, struct chunk *chunk, const bson_t 
 static void settle_failure(struct write *write, struct chunk *chunk, const bson_t **documents, size_t first,
                            size_t count, const bson_t *reply, bson_error_t *error)
 {
-	if (find_write_concern_error(reply, error)) {
+	bool about_one = !find_write_concern_error(reply, error) && may_hide_one_document(error);
+	write->report->away = write->report->away || !about_one;
+	if (error->domain == MONGOC_ERROR_WRITE_CONCERN) {
 		report_error(write->report, error, "cannot store in MongoDB as mongodb.write_concern.w wants it");
-	} else if (!may_hide_one_document(error)) {
+	} else if (!about_one) {
 		if (error->domain == 0)
 			snprintf(error->message, sizeof error->message,
 			         "its answer does not account for every document");
@@ -620,6 +624,7 @@ static bool run(struct store *store, const bson_t *command, bson_t *reply, struc
 	mongoc_client_pool_push(store->pool, client);
 	if (!done)
 		report_error(report, &error, "MongoDB does not answer");
+	report->away = !done;
 	return done;
 }
 

@@ -24,6 +24,7 @@ enum store_class {
 struct store_report {
 	enum store_class class;
 	size_t open;        /* messages of the batch that are not durable */
+	bool away;          /* an attempt failed as a whole, so another batch would fare no better now */
 	char message[1024]; /* what MongoDB or the driver said, with the remedy where we know one; no secret */
 };
 

@@ -107,7 +107,8 @@ def test_kill9_while_batches_wait_for_another_attempt(service, mosquitto, fresh_
     moments = seeded()
     assert GATE_OPEN_BUILD != BUILD
     broker, server = mosquitto(), fresh_mongod()
-    running = consumer(service, broker, server, build=BUILD if gate == "closed" else GATE_OPEN_BUILD)
+    running = consumer(service, broker, server, build=BUILD if gate == "closed" else GATE_OPEN_BUILD,
+                       **{"spool.max_size": 0})
     collection = server.client().mqtt2mongo.messages
     server.fail({"activationProbability": 0.3}, ["insert"], errorCode=112, appName="mqtt2mongo")
     with Stream(broker.port, pace=3000) as stream:
@@ -307,10 +308,10 @@ def test_sigterm_with_a_slow_broker(service, mosquitto, mongod, database, collec
     broker = mosquitto(autosave=1)
     clients.create_session(broker.port, SESSION, "sensors/#")
     clients.publish(broker.port, [json.dumps(content_of(number)) for number in range(3000)], topic_of)
-    running = consumer(service, broker, mongod, database, **{"shutdown_timeout": "20s"})
+    running = consumer(service, broker, mongod, database, **{"shutdown_timeout": "45s"})
     running.wait_stored(1500)
     begun = time.monotonic()
-    sums = running.stop(timeout=30)["consumer"]
+    sums = running.stop(timeout=50)["consumer"]
     took = time.monotonic() - begun
     left = {json.loads(message.payload)["n"] for message in clients.take_session(broker.port, SESSION, quiet=3)}
     twice = left & Stored(collection).copies.keys()
@@ -327,7 +328,7 @@ def test_a_second_signal_exits_at_once(service, mosquitto, fresh_mongod, second)
     Held: it exits with 1 within a second of the second signal, far below shutdown_timeout (60 s); nothing was acknowledged, and
     everything is stored by the next start."""
     broker, server = mosquitto(), fresh_mongod()
-    running = consumer(service, broker, server, **{"shutdown_timeout": "60s"})
+    running = consumer(service, broker, server, **{"shutdown_timeout": "60s", "spool.max_size": 0})
     collection = server.client().mqtt2mongo.messages
     server.sigstop()
     with Stream(broker.port, pace=1000) as stream:

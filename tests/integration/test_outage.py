@@ -14,8 +14,9 @@ from processes import wait_until
 
 CLIENT = "under-test"
 SESSION = f"{CLIENT}-1"
-# keepalive 10 s: what cannot be stored is held for 10 s / 2 - 2 s = 3 s
-QUICK = {"mqtt.client_id": CLIENT, "mqtt.keepalive": "10s", "mqtt.reconnect.min": "100ms", "mqtt.reconnect.max": "500ms"}
+# keepalive 10 s: what cannot be stored is held for 10 s / 2 - 2 s = 3 s. No spool: this is about holding.
+QUICK = {"spool.max_size": 0, "mqtt.client_id": CLIENT, "mqtt.keepalive": "10s", "mqtt.reconnect.min": "100ms",
+         "mqtt.reconnect.max": "500ms"}
 SUBSCRIBED = "subscribed to sensors/#"
 
 

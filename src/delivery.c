@@ -1,0 +1,658 @@
+/*
+ * See delivery.h. What becomes of a parcel:
+ *
+ *   FILLING --submitted--> READY --worker--> STORING --all durable--> settled
+ *                            |                  |
+ *                            |      overdue, or not wholly stored
+ *                       MongoDB away            v
+ *                            +--------------> QUEUED --outbox: committed--> settled
+ *                                               |
+ *                              no spool, or it takes nothing
+ *                                               v
+ *                                            WAITING --retry timer--> READY …      or given up by its sender
+ *
+ * An overdue parcel is spooled while its attempt goes on: the batch is then held by two jobs, which only read what the
+ * loop does not change meanwhile, and it is free when both have ended. The first of them to make a message durable
+ * decides what it is counted as; if that was the spool, the drain meets what the attempt has stored by its _id.
+ */
+#include "delivery.h"
+
+#include "log.h"
+#include "memory.h"
+#include "outbox.h"
+#include "store.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+enum {
+	RETRY_FIRST_MS = 100,
+	RETRY_MOST_MS = 2000,
+	PROBE_MOST_MS = 5000,
+	HANDBACK_MOST_MS = 300000, /* each round handed back may leave its documents behind, to be stored again */
+};
+
+enum phase { FREE, FILLING, READY, STORING, QUEUED, SPOOLING, WAITING };
+
+/* A job in the thread pool, and what it works with. */
+struct worker {
+	struct delivery *delivery;
+	uv_work_t job;
+	struct delivery_parcel *parcel; /* NULL: idle */
+	struct store_scratch *scratch;
+	struct store_report report;
+};
+
+struct delivery {
+	uv_loop_t *loop;
+	const struct config *config;
+	struct metrics_consumer *counters;
+	struct delivery_handler handler;
+	void *owner;
+
+	struct store *store;
+	struct outbox *outbox;
+	struct worker *workers;
+	int worker_count;
+	struct delivery_parcel **parcels;
+	size_t parcel_count;
+	size_t under_way; /* submitted, not settled */
+
+	bool away;         /* MongoDB: an attempt is overdue, or has failed as a whole */
+	bool trouble;      /* said, and not yet taken back */
+	unsigned attempts; /* in a row that failed */
+	uv_timer_t retry;  /* of the parcels that wait, or of the probe */
+	uv_timer_t overdue;
+
+	uv_work_t probe;
+	struct store_report probe_report;
+	bool probe_runs;
+	bool refusing;      /* messages were handed back: no more before MongoDB answers */
+	unsigned handbacks; /* in a row, without everything stored in between */
+
+	struct log_repeat complaint;
+	uv_work_t disconnect;
+	bool stopping, closing;
+	void (*stopped)(void *owner);
+	int handles;
+};
+
+static void advance(struct delivery *delivery);
+
+static uint64_t retry_delay(unsigned attempts, uint64_t most)
+{
+	uint64_t delay = RETRY_FIRST_MS;
+	for (unsigned i = 1; i < attempts && delay < most; i++)
+		delay *= 2;
+	return delay < most ? delay : most;
+}
+
+/* ---- is MongoDB there? ---- */
+
+static void say_trouble(struct delivery *delivery, const struct store_report *report)
+{
+	enum log_level level = report->class == STORE_CONFIGURATION ? LOG_LEVEL_ERROR : LOG_LEVEL_WARN;
+	delivery->trouble = delivery->trouble || report->away;
+	log_repeat(&delivery->complaint, level, "consumer", "%s", report->message);
+}
+
+/* Messages may come again. */
+static void take_again(struct delivery *delivery)
+{
+	bool was_refusing = delivery->refusing;
+	delivery->refusing = false;
+	if (was_refusing && !delivery->stopping)
+		delivery->handler.accepts(delivery->owner);
+}
+
+static void set_present(struct delivery *delivery)
+{
+	bool was_away = delivery->away;
+	if (delivery->trouble)
+		log_info("consumer", "MongoDB answers again");
+	if (delivery->trouble || was_away)
+		log_repeat_end(&delivery->complaint);
+	delivery->trouble = false;
+	delivery->away = false;
+	delivery->attempts = 0;
+	delivery->counters->database_up = true;
+	if (was_away && !delivery->stopping)
+		outbox_drain(delivery->outbox);
+}
+
+static void set_away(struct delivery *delivery)
+{
+	delivery->away = true;
+	delivery->counters->database_up = false;
+}
+
+/* What an attempt to store something says about MongoDB. */
+static void hear(struct delivery *delivery, const struct store_report *report)
+{
+	if (report->open > 0)
+		say_trouble(delivery, report);
+	if (report->away)
+		set_away(delivery);
+	else
+		set_present(delivery);
+}
+
+static bool idle(const struct delivery *delivery)
+{
+	for (int i = 0; i < delivery->worker_count; i++)
+		if (delivery->workers[i].parcel != NULL)
+			return false;
+	return true;
+}
+
+static struct delivery_parcel *first_in(const struct delivery *delivery, enum phase phase);
+
+/* Worker thread. */
+static void probe_work(uv_work_t *job)
+{
+	struct delivery *delivery = container_of(job, struct delivery, probe);
+	store_ping(delivery->store, &delivery->probe_report);
+}
+
+static void probe_done(uv_work_t *job, int status)
+{
+	struct delivery *delivery = container_of(job, struct delivery, probe);
+	delivery->probe_runs = false;
+	if (delivery->probe_report.class != STORE_OK) {
+		say_trouble(delivery, &delivery->probe_report);
+		set_away(delivery);
+	} else {
+		/* After handing back again and again a ping proves little, for it is writing that fails: the next
+		 * attempt to write decides. */
+		if (delivery->handbacks <= 1)
+			set_present(delivery);
+		take_again(delivery);
+	}
+	advance(delivery);
+}
+
+static void start_probe(struct delivery *delivery)
+{
+	delivery->probe_runs = true;
+	uv_queue_work(delivery->loop, &delivery->probe, probe_work, probe_done);
+}
+
+static void retry_due(uv_timer_t *timer)
+{
+	struct delivery *delivery = container_of(timer, struct delivery, retry);
+	struct delivery_parcel *parcel = first_in(delivery, WAITING);
+	if (parcel == NULL && !delivery->probe_runs)
+		start_probe(delivery);
+	for (; parcel != NULL; parcel = first_in(delivery, WAITING))
+		parcel->phase = READY;
+	advance(delivery);
+}
+
+/* See to it that somebody tries again. */
+static void arm_retry(struct delivery *delivery)
+{
+	bool waiting = first_in(delivery, WAITING) != NULL;
+	bool unknown =
+	    (delivery->away || delivery->refusing) && idle(delivery) && !outbox_is_draining(delivery->outbox);
+	if (delivery->probe_runs || (!waiting && (!unknown || delivery->stopping)) ||
+	    uv_is_active((uv_handle_t *)&delivery->retry))
+		return;
+	uint64_t delay = waiting || !delivery->refusing || delivery->handbacks <= 1
+	                     ? retry_delay(++delivery->attempts, waiting ? RETRY_MOST_MS : PROBE_MOST_MS)
+	                     : retry_delay(delivery->handbacks + 3, HANDBACK_MOST_MS);
+	uv_timer_start(&delivery->retry, retry_due, delay, 0);
+}
+
+/* ---- parcels ---- */
+
+/* The first submitted of a phase; what its broker keeps a copy of goes before what nobody does. */
+static struct delivery_parcel *first_in(const struct delivery *delivery, enum phase phase)
+{
+	struct delivery_parcel *first = NULL;
+	for (size_t i = 0; i < delivery->parcel_count; i++) {
+		struct delivery_parcel *parcel = delivery->parcels[i];
+		if (parcel->phase != phase)
+			continue;
+		bool better =
+		    first == NULL || parcel->sender->spools > first->sender->spools ||
+		    (parcel->sender->spools == first->sender->spools && parcel->submitted_at < first->submitted_at);
+		if (better)
+			first = parcel;
+	}
+	return first;
+}
+
+static void release(struct delivery_parcel *parcel)
+{
+	if (parcel->storing || parcel->spooling)
+		return;
+	batch_reset(&parcel->batch);
+	parcel->phase = FREE;
+}
+
+static void count_open(struct metrics_consumer *counters, const struct delivery_parcel *parcel)
+{
+	for (size_t i = 0; i < parcel->batch.count; i++) {
+		const struct batch_message *message = &parcel->batch.messages[i];
+		if (message->settled)
+			continue;
+		if (message->qos == 0) /* the broker keeps no copy */
+			counters->dropped[parcel->cause]++;
+		else
+			counters->returned[parcel->cause]++;
+	}
+}
+
+/* Count what has its outcome. Returns how many messages have none. No job may hold the batch. */
+static size_t count_settled(struct delivery_parcel *parcel)
+{
+	struct metrics_consumer *counters = parcel->delivery->counters;
+	size_t open = 0;
+	for (size_t i = 0; i < parcel->batch.count; i++) {
+		struct batch_message *message = &parcel->batch.messages[i];
+		if (message->settled)
+			continue;
+		message->settled = message->outcome != BATCH_OPEN;
+		open += !message->settled;
+		if (message->settled)
+			metrics_count_outcome(counters, message);
+	}
+	return open;
+}
+
+static void report(struct delivery_parcel *parcel, size_t open)
+{
+	struct delivery *delivery = parcel->delivery;
+	struct delivery_sender *sender = parcel->sender;
+	size_t durable = parcel->batch.count - open, bytes = delivery_bytes(parcel);
+	if (open > 0)
+		count_open(delivery->counters, parcel);
+	parcel->reported = true;
+	parcel->sender = NULL;
+	delivery->under_way--;
+	if (open == 0 && delivery->under_way == 0)
+		delivery->handbacks = 0; /* a part of what was handed back would prove little */
+	release(parcel);
+	sender->settled(sender, durable, open, bytes);
+}
+
+static bool may_spool(const struct delivery_parcel *parcel)
+{
+	return parcel->sender->spools && outbox_is_usable(parcel->delivery->outbox);
+}
+
+/* No job holds it any more. */
+static void conclude(struct delivery_parcel *parcel)
+{
+	size_t open = count_settled(parcel);
+	if (open == 0 || parcel->given_up)
+		report(parcel, open);
+	else
+		parcel->phase = may_spool(parcel) ? QUEUED : WAITING;
+}
+
+/* ---- storing ---- */
+
+/* Worker thread. Touches only the batch, the scratch memory and the report. */
+static void store_work(uv_work_t *job)
+{
+	struct worker *worker = container_of(job, struct worker, job);
+	store_write(worker->delivery->store, worker->scratch, &worker->parcel->batch, &worker->report);
+}
+
+static void store_done(uv_work_t *job, int status)
+{
+	struct worker *worker = container_of(job, struct worker, job);
+	struct delivery *delivery = worker->delivery;
+	struct delivery_parcel *parcel = worker->parcel;
+	worker->parcel = NULL;
+	parcel->storing = false;
+	delivery->counters->batches++;
+	hear(delivery, &worker->report);
+	if (parcel->reported)
+		release(parcel);
+	else if (!parcel->spooling)
+		conclude(parcel);
+	advance(delivery);
+}
+
+static void start_worker(struct worker *worker, struct delivery_parcel *parcel)
+{
+	struct delivery *delivery = worker->delivery;
+	parcel->phase = STORING;
+	parcel->storing = true;
+	parcel->started_at = uv_now(delivery->loop);
+	worker->parcel = parcel;
+	if (parcel->batch.count > delivery->counters->largest_batch)
+		delivery->counters->largest_batch = parcel->batch.count;
+	uv_queue_work(delivery->loop, &worker->job, store_work, store_done);
+}
+
+static struct worker *idle_worker(struct delivery *delivery)
+{
+	for (int i = 0; i < delivery->worker_count; i++)
+		if (delivery->workers[i].parcel == NULL)
+			return &delivery->workers[i];
+	return NULL;
+}
+
+/* While MongoDB is away, or one parcel waits for its next attempt, the others need not run into the same wall. */
+static void start_ready(struct delivery *delivery)
+{
+	struct delivery_parcel *parcel;
+	struct worker *worker;
+	while ((parcel = first_in(delivery, READY)) != NULL) {
+		if (delivery->away && may_spool(parcel)) {
+			parcel->phase = QUEUED;
+			continue;
+		}
+		struct delivery_parcel *waiting = first_in(delivery, WAITING);
+		bool hopeless = delivery->away && outbox_is_usable(delivery->outbox);
+		bool behind = waiting != NULL && waiting->sender->spools >= parcel->sender->spools;
+		if (hopeless || behind || (worker = idle_worker(delivery)) == NULL)
+			return;
+		start_worker(worker, parcel);
+	}
+}
+
+/* ---- spooling ---- */
+
+static void spool_queued(struct delivery *delivery)
+{
+	const struct batch *batches[OUTBOX_BATCHES];
+	struct delivery_parcel *parcel;
+	size_t count = 0;
+	if (!outbox_is_free(delivery->outbox))
+		return;
+	if (!outbox_is_usable(delivery->outbox)) {
+		while ((parcel = first_in(delivery, QUEUED)) != NULL)
+			parcel->phase = parcel->storing ? STORING : WAITING;
+		return;
+	}
+	while (count < OUTBOX_BATCHES && (parcel = first_in(delivery, QUEUED)) != NULL) {
+		parcel->phase = SPOOLING;
+		parcel->spooling = true;
+		batches[count++] = &parcel->batch;
+	}
+	if (count > 0)
+		outbox_commit(delivery->outbox, batches, count);
+}
+
+/* The rest of the parcel is on disk. */
+static void count_spooled(struct delivery_parcel *parcel)
+{
+	for (size_t i = 0; i < parcel->batch.count; i++) {
+		struct batch_message *message = &parcel->batch.messages[i];
+		parcel->delivery->counters->spooled += !message->settled;
+		message->settled = true;
+	}
+}
+
+static void on_committed(void *owner, bool kept)
+{
+	struct delivery *delivery = owner;
+	struct delivery_parcel *parcels[OUTBOX_BATCHES];
+	size_t count = 0;
+	/* All of them before the first is reported: its sender may have others committed at once. */
+	for (size_t i = 0; i < delivery->parcel_count; i++) {
+		if (delivery->parcels[i]->spooling)
+			parcels[count++] = delivery->parcels[i];
+		delivery->parcels[i]->spooling = false;
+	}
+	for (size_t i = 0; i < count; i++) {
+		struct delivery_parcel *parcel = parcels[i];
+		if (kept) {
+			count_spooled(parcel);
+			report(parcel, 0);
+		} else if (parcel->storing) {
+			parcel->phase = STORING;
+		} else {
+			conclude(parcel);
+		}
+	}
+	advance(delivery);
+}
+
+static uint64_t overdue_at(const struct delivery_parcel *parcel)
+{
+	return parcel->started_at + (uint64_t)parcel->delivery->config->spool.after_ms;
+}
+
+/* An attempt takes longer than a broker should wait for its acknowledgement. */
+static void overdue_due(uv_timer_t *timer)
+{
+	struct delivery *delivery = container_of(timer, struct delivery, overdue);
+	for (size_t i = 0; i < delivery->parcel_count; i++) {
+		struct delivery_parcel *parcel = delivery->parcels[i];
+		if (parcel->phase != STORING || !may_spool(parcel) || overdue_at(parcel) > uv_now(delivery->loop))
+			continue;
+		parcel->phase = QUEUED;
+		set_away(delivery);
+	}
+	advance(delivery);
+}
+
+static void arm_overdue(struct delivery *delivery)
+{
+	uint64_t first = UINT64_MAX, now = uv_now(delivery->loop);
+	for (size_t i = 0; i < delivery->parcel_count; i++) {
+		struct delivery_parcel *parcel = delivery->parcels[i];
+		if (parcel->phase == STORING && may_spool(parcel) && overdue_at(parcel) < first)
+			first = overdue_at(parcel);
+	}
+	if (first == UINT64_MAX)
+		uv_timer_stop(&delivery->overdue);
+	else
+		uv_timer_start(&delivery->overdue, overdue_due, first > now ? first - now : 0, 0);
+}
+
+/* ---- what comes next ---- */
+
+static void close_when_idle(struct delivery *delivery);
+
+/* Whatever has happened: what follows from it. */
+static void advance(struct delivery *delivery)
+{
+	start_ready(delivery);
+	spool_queued(delivery);
+	arm_overdue(delivery);
+	arm_retry(delivery);
+	close_when_idle(delivery);
+}
+
+/* ---- what the spool says ---- */
+
+static void on_opened(void *owner, const char *error)
+{
+	struct delivery *delivery = owner;
+	delivery->handler.started(delivery->owner, error);
+	advance(delivery);
+}
+
+static void on_answered(void *owner, const struct store_report *report)
+{
+	struct delivery *delivery = owner;
+	hear(delivery, report);
+	if (report->open == 0)
+		take_again(delivery);
+	advance(delivery);
+}
+
+static void on_usable(void *owner)
+{
+	struct delivery *delivery = owner;
+	struct delivery_parcel *parcel;
+	while ((parcel = first_in(delivery, WAITING)) != NULL)
+		parcel->phase = READY;
+	delivery->handbacks = 0;
+	take_again(delivery);
+	advance(delivery);
+}
+
+static const struct outbox_handler outbox_handler = {
+    .opened = on_opened,
+    .committed = on_committed,
+    .answered = on_answered,
+    .usable = on_usable,
+};
+
+/* ---- public ---- */
+
+struct delivery *delivery_start(uv_loop_t *loop, const struct config *config, struct metrics_consumer *counters,
+                                const struct delivery_handler *handler, void *owner)
+{
+	struct delivery *delivery = memory_zeroed(1, sizeof *delivery);
+	delivery->loop = loop;
+	delivery->config = config;
+	delivery->counters = counters;
+	delivery->handler = *handler;
+	delivery->owner = owner;
+	delivery->store = store_create(config);
+	delivery->worker_count = config->consumer.workers;
+	delivery->workers = memory_zeroed((size_t)delivery->worker_count, sizeof *delivery->workers);
+	for (int i = 0; i < delivery->worker_count; i++) {
+		delivery->workers[i].delivery = delivery;
+		delivery->workers[i].scratch = store_scratch_create();
+	}
+	uv_timer_init(loop, &delivery->retry);
+	uv_timer_init(loop, &delivery->overdue);
+	delivery->handles = 2;
+	delivery->outbox = outbox_start(loop, config, delivery->store, counters, &outbox_handler, delivery);
+	start_probe(delivery);
+	return delivery;
+}
+
+struct delivery_parcel *delivery_take(struct delivery *delivery, struct delivery_sender *sender)
+{
+	struct delivery_parcel *parcel = NULL;
+	for (size_t i = 0; i < delivery->parcel_count && parcel == NULL; i++)
+		if (delivery->parcels[i]->phase == FREE)
+			parcel = delivery->parcels[i];
+	if (parcel == NULL) {
+		parcel = memory_zeroed(1, sizeof *parcel);
+		parcel->delivery = delivery;
+		delivery->parcels =
+		    memory_resize(delivery->parcels, (delivery->parcel_count + 1) * sizeof(struct delivery_parcel *));
+		delivery->parcels[delivery->parcel_count++] = parcel;
+	}
+	parcel->phase = FILLING;
+	parcel->sender = sender;
+	parcel->reported = parcel->given_up = false;
+	return parcel;
+}
+
+size_t delivery_bytes(const struct delivery_parcel *parcel)
+{
+	return parcel->batch.arena.length + parcel->batch.count * sizeof *parcel->batch.messages;
+}
+
+void delivery_submit(struct delivery_parcel *parcel)
+{
+	struct delivery *delivery = parcel->delivery;
+	parcel->phase = READY;
+	parcel->submitted_at = uv_hrtime();
+	delivery->under_way++;
+	advance(delivery);
+}
+
+void delivery_give_up(struct delivery *delivery, struct delivery_sender *sender, enum metrics_cause cause)
+{
+	for (size_t i = 0; i < delivery->parcel_count; i++) {
+		struct delivery_parcel *parcel = delivery->parcels[i];
+		if (parcel->sender != sender || parcel->phase == FREE || parcel->phase == FILLING)
+			continue;
+		parcel->given_up = true;
+		parcel->cause = cause;
+		delivery->refusing = delivery->refusing || cause == METRICS_HOLD_LIMIT;
+		if (!parcel->storing && !parcel->spooling)
+			conclude(parcel);
+	}
+	if (cause == METRICS_HOLD_LIMIT)
+		delivery->handbacks++;
+	advance(delivery);
+}
+
+bool delivery_accepts(const struct delivery *delivery)
+{
+	return !delivery->refusing;
+}
+
+bool delivery_lingers(const struct delivery *delivery)
+{
+	return delivery->away && delivery->config->spool.linger_ms > 0 && outbox_is_usable(delivery->outbox);
+}
+
+void delivery_promise(const struct delivery *delivery, char *text, size_t size)
+{
+	store_write_concern_text(delivery->store, text, size);
+}
+
+const char *delivery_trouble(const struct delivery *delivery)
+{
+	if (!delivery->away && !delivery->refusing)
+		return NULL;
+	if (outbox_is_usable(delivery->outbox))
+		return "spooling, MongoDB does not answer";
+	if (delivery->counters->spool_state == METRICS_SPOOL_FULL)
+		return "holding, the spool is full";
+	return delivery->under_way > 0 ? "holding, MongoDB does not answer" : "waiting for MongoDB";
+}
+
+/* ---- stopping ---- */
+
+static void handle_closed(uv_handle_t *handle)
+{
+	struct delivery *delivery = handle->data;
+	if (--delivery->handles > 0)
+		return;
+	void (*stopped)(void *) = delivery->stopped;
+	void *owner = delivery->owner;
+	for (int i = 0; i < delivery->worker_count; i++)
+		store_scratch_destroy(delivery->workers[i].scratch);
+	for (size_t i = 0; i < delivery->parcel_count; i++) {
+		batch_finish(&delivery->parcels[i]->batch);
+		free(delivery->parcels[i]);
+	}
+	free(delivery->parcels);
+	free(delivery->workers);
+	free(delivery);
+	stopped(owner);
+}
+
+/* Worker thread: the driver waits for its monitoring threads. */
+static void disconnect_work(uv_work_t *job)
+{
+	store_destroy(container_of(job, struct delivery, disconnect)->store);
+}
+
+static void disconnect_done(uv_work_t *job, int status)
+{
+	struct delivery *delivery = container_of(job, struct delivery, disconnect);
+	delivery->retry.data = delivery->overdue.data = delivery;
+	uv_close((uv_handle_t *)&delivery->retry, handle_closed);
+	uv_close((uv_handle_t *)&delivery->overdue, handle_closed);
+}
+
+static void outbox_stopped(void *owner)
+{
+	struct delivery *delivery = owner;
+	uv_queue_work(delivery->loop, &delivery->disconnect, disconnect_work, disconnect_done);
+}
+
+/* Attempts whose messages are in the spool by now may still be under way. */
+static void close_when_idle(struct delivery *delivery)
+{
+	if (!delivery->stopping || delivery->closing || delivery->probe_runs || !idle(delivery))
+		return;
+	delivery->closing = true;
+	uv_timer_stop(&delivery->retry);
+	uv_timer_stop(&delivery->overdue);
+	outbox_stop(delivery->outbox, outbox_stopped);
+}
+
+void delivery_stop(struct delivery *delivery, void (*stopped)(void *owner))
+{
+	delivery->stopping = true;
+	delivery->stopped = stopped;
+	close_when_idle(delivery);
+}

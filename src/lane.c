@@ -1,0 +1,411 @@
+/* See lane.h. */
+#include "lane.h"
+
+#include "clock.h"
+#include "log.h"
+#include "memory.h"
+#include "mqtt.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+enum {
+	BATCHES_PER_ROUND = 4,
+	HOLD_MARGIN_MS = 2000,
+	KEEPALIVE_DEFAULT_MS = 60000,
+	QUIET_MS = 1000,  /* a session left behind is empty when it is silent this long, */
+	QUIET_ROUNDS = 3, /* this often in a row, with an answer of the broker in between */
+};
+
+struct lane {
+	uv_loop_t *loop;
+	const struct config *config;
+	struct delivery *delivery;
+	struct metrics_consumer *counters;
+	struct lane_handler handler;
+	void *owner;
+	char *client_id;
+	const char *filter;
+	char **stale; /* filters to unsubscribe; ends with NULL */
+
+	struct mqtt *mqtt;
+	struct delivery_sender sender;
+	struct delivery_parcel *filling; /* or NULL */
+	size_t pending;                  /* messages of the round that are not durable */
+	size_t pending_bytes;
+	size_t returned;     /* of the round: given up */
+	uint64_t generation; /* of the connection the round came by */
+	uint64_t hold_ms;
+	uv_timer_t hold;
+	uv_timer_t linger;
+
+	bool started;          /* lane_go() was called */
+	unsigned unsubscribes; /* of this connection, not yet answered */
+	bool tidy;             /* the handler has heard that nothing stale is left */
+	unsigned quiet;        /* in a row, of a session left behind */
+	bool emptied;
+	uv_timer_t silence;
+
+	struct log_repeat refusal;
+	bool stopping, closing;
+	void (*stopped)(void *owner, struct lane *lane);
+	int handles;
+};
+
+static void close_when_idle(struct lane *lane);
+
+/* ---- the round ---- */
+
+/* The broker hangs up after 1.5 keepalives of silence, of which one may have passed when the gate closes (MQTT 5
+ * §3.1.2.10). A keepalive of 0 means none: then what our own default gives. */
+static uint64_t hold_limit(int keepalive_s)
+{
+	int64_t keepalive = keepalive_s > 0 ? (int64_t)keepalive_s * 1000 : KEEPALIVE_DEFAULT_MS;
+	int64_t hold = keepalive / 2 - HOLD_MARGIN_MS;
+	return (uint64_t)(hold > keepalive / 4 ? hold : keepalive / 4);
+}
+
+/* Connect, or stop, now that no round is under way. */
+static void go_on(struct lane *lane)
+{
+	if (lane->stopping)
+		close_when_idle(lane);
+	else if (lane->started && delivery_accepts(lane->delivery) && !mqtt_is_up(lane->mqtt))
+		mqtt_connect(lane->mqtt);
+}
+
+static bool round_is_on_line(const struct lane *lane)
+{
+	return mqtt_is_up(lane->mqtt) && mqtt_generation(lane->mqtt) == lane->generation;
+}
+
+static void round_over(struct lane *lane)
+{
+	uv_timer_stop(&lane->hold);
+	lane->pending_bytes = 0;
+	if (lane->returned == 0)
+		return;
+	log_warn("consumer", "%zu messages handed back to the broker unacknowledged; it delivers them again",
+	         lane->returned);
+	lane->returned = 0;
+	if (round_is_on_line(lane)) /* its PUBACKs can never be sent */
+		mqtt_give_up(lane->mqtt, "given up unacknowledged, for the messages cannot be stored");
+}
+
+static void on_settled(struct delivery_sender *sender, size_t durable, size_t open, size_t bytes)
+{
+	struct lane *lane = container_of(sender, struct lane, sender);
+	lane->pending -= durable + open;
+	lane->returned += open;
+	if (lane->pending == 0)
+		round_over(lane);
+	if (open == 0)
+		mqtt_durable(lane->mqtt, lane->generation, durable); /* may read the next round */
+	if (lane->pending == 0)
+		go_on(lane);
+}
+
+/* What has been read so far leaves. */
+static void close_batch(struct lane *lane)
+{
+	struct delivery_parcel *parcel = lane->filling;
+	uv_timer_stop(&lane->linger);
+	lane->filling = NULL;
+	if (parcel != NULL)
+		delivery_submit(parcel);
+}
+
+static void linger_over(uv_timer_t *timer)
+{
+	close_batch(container_of(timer, struct lane, linger));
+}
+
+/* The broker drops a client that is silent for 1.5 keepalives, and PINGREQ waits behind the gate as well. */
+static void hold_expired(uv_timer_t *timer)
+{
+	struct lane *lane = container_of(timer, struct lane, hold);
+	if (round_is_on_line(lane))
+		mqtt_give_up(lane->mqtt,
+		             "given up unacknowledged: the messages could not be stored within the hold limit");
+	delivery_give_up(lane->delivery, &lane->sender, METRICS_HOLD_LIMIT);
+}
+
+/* ---- what the connection says ---- */
+
+static void silent(uv_timer_t *timer);
+
+static void unsubscribe_stale(struct lane *lane)
+{
+	lane->unsubscribes = 0;
+	for (char **filter = lane->stale; *filter != NULL; filter++) {
+		mqtt_unsubscribe(lane->mqtt, *filter);
+		lane->unsubscribes++;
+	}
+}
+
+static void end_emptied(struct lane *lane, const char *why)
+{
+	if (lane->emptied)
+		return;
+	lane->emptied = true;
+	log_info("consumer", "%s: session left behind %s", lane->client_id, why);
+	lane->handler.emptied(lane->owner, lane);
+}
+
+static void on_up(void *owner, const struct mqtt_granted *granted)
+{
+	struct lane *lane = owner;
+	lane->hold_ms = hold_limit(granted->keepalive_s);
+	lane->quiet = 0;
+	if (lane->filter == NULL && !granted->session_present) {
+		end_emptied(lane, "is not known to the broker");
+		return;
+	}
+	if (granted->session_expiry_s == 0)
+		log_warn("consumer", "the broker keeps no session for us: what is published while we are away is lost");
+	/* Always, also into a session that is there: the broker may have lost its subscriptions. */
+	int qos = lane->config->consumer.qos;
+	if (lane->filter != NULL)
+		mqtt_subscribe(lane->mqtt, lane->filter, qos > 1 ? 1 : qos);
+	for (char **filter = lane->stale; *filter != NULL; filter++)
+		log_info("consumer", "%s: unsubscribing from %s, which is no longer configured", lane->client_id,
+		         *filter);
+	unsubscribe_stale(lane);
+	if (lane->filter == NULL)
+		uv_timer_start(&lane->silence, silent, QUIET_MS, 0);
+}
+
+static void on_down(void *owner)
+{
+	struct lane *lane = owner;
+	uv_timer_stop(&lane->silence);
+	close_batch(lane); /* read just before the connection went */
+	if (lane->pending == 0)
+		go_on(lane); /* else when the round is durable */
+}
+
+static void begin_round(struct lane *lane)
+{
+	lane->generation = mqtt_generation(lane->mqtt);
+	lane->returned = 0;
+	uv_timer_start(&lane->hold, hold_expired, lane->hold_ms, 0);
+}
+
+static void on_message(void *owner, const struct mqtt_message *message)
+{
+	struct lane *lane = owner;
+	const struct config_consumer *config = &lane->config->consumer;
+	if (lane->pending == 0)
+		begin_round(lane);
+	if (lane->generation != mqtt_generation(lane->mqtt))
+		abort(); /* a round belongs to one connection, or the gate of the other would stay closed for ever */
+	if (lane->filling == NULL)
+		lane->filling = delivery_take(lane->delivery, &lane->sender);
+	struct batch *batch = &lane->filling->batch;
+	batch->route = lane->filter;
+	batch_add(batch, message, (size_t)config->max_payload, clock_wall_ms());
+	lane->quiet = 0;
+	lane->pending++;
+	lane->pending_bytes += message->topic_length + message->payload_length;
+	lane->counters->received++;
+	lane->counters->redelivered += message->dup;
+	if (batch->count * BATCHES_PER_ROUND >= (size_t)config->batch_count ||
+	    batch->arena.length * BATCHES_PER_ROUND >= (size_t)config->batch_bytes)
+		close_batch(lane);
+}
+
+static bool has_room(void *owner)
+{
+	const struct lane *lane = owner;
+	const struct config_consumer *config = &lane->config->consumer;
+	return !lane->stopping && lane->pending < (size_t)config->batch_count &&
+	       lane->pending_bytes < (size_t)config->batch_bytes;
+}
+
+/* Each write to the spool costs flash memory: let a few more messages share it. */
+static bool lingers(void *owner)
+{
+	const struct lane *lane = owner;
+	return lane->filling != NULL && delivery_lingers(lane->delivery);
+}
+
+static void on_drained(void *owner)
+{
+	struct lane *lane = owner;
+	if (!lingers(lane) || !has_room(lane))
+		close_batch(lane);
+	else if (!uv_is_active((uv_handle_t *)&lane->linger))
+		uv_timer_start(&lane->linger, linger_over, (uint64_t)lane->config->spool.linger_ms, 0);
+}
+
+static void on_subscribed(void *owner, int reason)
+{
+	struct lane *lane = owner;
+	if (reason >= 0x80) {
+		log_repeat(&lane->refusal, LOG_LEVEL_ERROR, "consumer",
+		           "the broker refuses the subscription to %s (reason 0x%02x); check its access rules",
+		           lane->filter, (unsigned)reason);
+		mqtt_give_up(lane->mqtt, "subscription refused");
+		return;
+	}
+	if (reason < lane->config->consumer.qos && reason < 1)
+		log_warn("consumer", "the broker grants %s only at QoS %d: messages may be lost on the way",
+		         lane->filter, reason);
+	log_info("consumer", "subscribed to %s at QoS %d", lane->filter, reason);
+	lane->handler.subscribed(lane->owner);
+}
+
+static void on_unsubscribed(void *owner)
+{
+	struct lane *lane = owner;
+	if (lane->unsubscribes == 0 || --lane->unsubscribes > 0)
+		return;
+	if (lane->filter == NULL) {
+		uv_timer_start(&lane->silence, silent, QUIET_MS, 0);
+	} else if (!lane->tidy) {
+		lane->tidy = true;
+		lane->handler.unsubscribed(lane->owner, lane);
+	}
+}
+
+/* A session left behind: nothing has come for a while since the broker last answered us. It sends what it has queued
+ * as we acknowledge, and answers in order: an answer with nothing before it means that there was nothing. */
+static void silent(uv_timer_t *timer)
+{
+	struct lane *lane = container_of(timer, struct lane, silence);
+	if (!mqtt_is_up(lane->mqtt) || lane->unsubscribes > 0)
+		return; /* on_unsubscribed() goes on */
+	if (lane->pending > 0)
+		lane->quiet = 0;
+	else
+		lane->quiet++;
+	if (lane->quiet > QUIET_ROUNDS) {
+		end_emptied(lane, "is empty and ended");
+		return;
+	}
+	unsubscribe_stale(lane);
+	mqtt_flush(lane->mqtt);
+	if (lane->unsubscribes == 0)
+		uv_timer_start(&lane->silence, silent, QUIET_MS, 0);
+}
+
+static const struct mqtt_handler mqtt_handler = {
+    .up = on_up,
+    .down = on_down,
+    .message = on_message,
+    .room = has_room,
+    .drained = on_drained,
+    .lingers = lingers,
+    .subscribed = on_subscribed,
+    .unsubscribed = on_unsubscribed,
+};
+
+/* ---- public ---- */
+
+static char **copy_list(const char *const *list)
+{
+	size_t count = 0;
+	while (list != NULL && list[count] != NULL)
+		count++;
+	char **copy = memory_zeroed(count + 1, sizeof *copy);
+	for (size_t i = 0; i < count; i++)
+		copy[i] = memory_string(list[i]);
+	return copy;
+}
+
+struct lane *lane_create(uv_loop_t *loop, const struct lane_options *options, const struct lane_handler *handler,
+                         void *owner)
+{
+	struct lane *lane = memory_zeroed(1, sizeof *lane);
+	lane->loop = loop;
+	lane->config = options->config;
+	lane->delivery = options->delivery;
+	lane->counters = options->counters;
+	lane->handler = *handler;
+	lane->owner = owner;
+	lane->client_id = memory_string(options->client_id);
+	lane->filter = options->filter;
+	lane->stale = copy_list(options->stale);
+	lane->hold_ms = hold_limit(0);
+	lane->sender = (struct delivery_sender){.settled = on_settled, .spools = true};
+	uv_timer_t *timers[] = {&lane->hold, &lane->linger, &lane->silence};
+	for (size_t i = 0; i < sizeof timers / sizeof *timers; i++)
+		uv_timer_init(loop, timers[i]);
+	lane->handles = sizeof timers / sizeof *timers;
+	struct mqtt_options mqtt = {
+	    .config = &options->config->mqtt, .client_id = options->client_id, .name = options->name};
+	lane->mqtt = mqtt_create(loop, &mqtt, &mqtt_handler, lane);
+	return lane;
+}
+
+void lane_go(struct lane *lane)
+{
+	lane->started = true;
+	if (lane->pending == 0)
+		go_on(lane);
+}
+
+bool lane_is_up(const struct lane *lane)
+{
+	return lane->mqtt != NULL && mqtt_is_up(lane->mqtt);
+}
+
+const char *lane_client_id(const struct lane *lane)
+{
+	return lane->client_id;
+}
+
+/* ---- stopping ---- */
+
+static void handle_closed(uv_handle_t *handle)
+{
+	struct lane *lane = handle->data;
+	if (--lane->handles > 0)
+		return;
+	lane->stopped(lane->owner, lane);
+	for (char **filter = lane->stale; *filter != NULL; filter++)
+		free(*filter);
+	free(lane->stale);
+	free(lane->client_id);
+	free(lane);
+}
+
+static void mqtt_closed(void *owner)
+{
+	struct lane *lane = owner;
+	uv_timer_t *timers[] = {&lane->hold, &lane->linger, &lane->silence};
+	lane->mqtt = NULL;
+	for (size_t i = 0; i < sizeof timers / sizeof *timers; i++) {
+		timers[i]->data = lane;
+		uv_close((uv_handle_t *)timers[i], handle_closed);
+	}
+}
+
+/* While stopping: go on as soon as no round is under way. */
+static void close_when_idle(struct lane *lane)
+{
+	if (lane->pending > 0 || lane->closing)
+		return;
+	lane->closing = true;
+	if (lane->emptied)
+		mqtt_close_session(lane->mqtt, mqtt_closed);
+	else
+		mqtt_close(lane->mqtt, mqtt_closed);
+}
+
+void lane_stop(struct lane *lane, void (*stopped)(void *owner, struct lane *lane))
+{
+	lane->stopping = true;
+	lane->stopped = stopped;
+	uv_timer_stop(&lane->silence);
+	close_batch(lane);
+	close_when_idle(lane);
+}
+
+void lane_hurry(struct lane *lane)
+{
+	if (lane->closing && lane->mqtt != NULL)
+		mqtt_close(lane->mqtt, mqtt_closed);
+	if (lane->pending > 0)
+		delivery_give_up(lane->delivery, &lane->sender, METRICS_SHUTDOWN);
+}

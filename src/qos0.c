@@ -1,0 +1,208 @@
+/* See qos0.h. */
+#include "qos0.h"
+
+#include "clock.h"
+#include "log.h"
+#include "memory.h"
+#include "mqtt.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+enum {
+	BATCHES_PER_ROUND = 4,
+	PARCELS_MOST = 2, /* under way; meanwhile the next one grows */
+};
+
+struct qos0 {
+	const struct config *config;
+	struct delivery *delivery;
+	struct metrics_consumer *counters;
+	const char *filter;
+	void (*subscribed)(void *owner);
+	void *owner;
+	struct mqtt *mqtt; /* NULL once it is closed */
+	struct delivery_sender sender;
+	struct delivery_parcel *filling; /* or NULL */
+	size_t parcels;                  /* under way */
+	size_t bytes;                    /* in them */
+	size_t held;                     /* messages that mqtt.c takes for held */
+	struct log_repeat overload, refusal;
+	bool stopping;
+	void (*stopped)(void *owner);
+};
+
+static void close_when_idle(struct qos0 *qos0);
+
+static void submit(struct qos0 *qos0)
+{
+	struct delivery_parcel *parcel = qos0->filling;
+	if (parcel == NULL)
+		return;
+	qos0->filling = NULL;
+	qos0->parcels++;
+	qos0->bytes += delivery_bytes(parcel);
+	delivery_submit(parcel);
+}
+
+static void on_settled(struct delivery_sender *sender, size_t durable, size_t open, size_t bytes)
+{
+	struct qos0 *qos0 = container_of(sender, struct qos0, sender);
+	qos0->parcels--;
+	qos0->bytes -= bytes;
+	if (qos0->parcels < PARCELS_MOST)
+		submit(qos0);
+	close_when_idle(qos0);
+}
+
+/* ---- what the connection says ---- */
+
+static void on_up(void *owner, const struct mqtt_granted *granted)
+{
+	struct qos0 *qos0 = owner;
+	mqtt_subscribe(qos0->mqtt, qos0->filter, 0);
+}
+
+static void on_down(void *owner)
+{
+	struct qos0 *qos0 = owner;
+	qos0->held = 0;
+	mqtt_connect(qos0->mqtt);
+}
+
+static void on_subscribed(void *owner, int reason)
+{
+	struct qos0 *qos0 = owner;
+	if (reason >= 0x80) {
+		log_repeat(&qos0->refusal, LOG_LEVEL_ERROR, "consumer",
+		           "the broker refuses the subscription to %s (reason 0x%02x); check its access rules",
+		           qos0->filter, (unsigned)reason);
+		mqtt_give_up(qos0->mqtt, "subscription refused");
+		return;
+	}
+	log_info("consumer", "subscribed to %s at QoS 0, whose messages may be lost", qos0->filter);
+	qos0->subscribed(qos0->owner);
+}
+
+static bool is_overloaded(const struct qos0 *qos0, const struct mqtt_message *message)
+{
+	size_t filling = qos0->filling != NULL ? delivery_bytes(qos0->filling) : 0;
+	return qos0->bytes + filling + message->topic_length + message->payload_length >
+	       (size_t)qos0->config->consumer.qos0_buffer;
+}
+
+static bool is_full(const struct qos0 *qos0)
+{
+	const struct config_consumer *config = &qos0->config->consumer;
+	const struct batch *batch = &qos0->filling->batch;
+	return batch->count * BATCHES_PER_ROUND >= (size_t)config->batch_count ||
+	       batch->arena.length * BATCHES_PER_ROUND >= (size_t)config->batch_bytes;
+}
+
+static void on_message(void *owner, const struct mqtt_message *message)
+{
+	struct qos0 *qos0 = owner;
+	qos0->held++;
+	qos0->counters->received++;
+	if (is_overloaded(qos0, message)) {
+		qos0->counters->dropped[METRICS_OVERLOAD]++;
+		log_repeat(&qos0->overload, LOG_LEVEL_WARN, "consumer",
+		           "more QoS 0 messages on %s than MongoDB takes; what does not fit into consumer.qos0.buffer "
+		           "is dropped",
+		           qos0->filter);
+		return;
+	}
+	if (qos0->filling == NULL)
+		qos0->filling = delivery_take(qos0->delivery, &qos0->sender);
+	qos0->filling->batch.route = qos0->filter;
+	batch_add(&qos0->filling->batch, message, (size_t)qos0->config->consumer.max_payload, clock_wall_ms());
+	if (is_full(qos0))
+		submit(qos0);
+}
+
+/* Nothing waits for an acknowledgement: read on at once. */
+static void on_drained(void *owner)
+{
+	struct qos0 *qos0 = owner;
+	size_t held = qos0->held;
+	qos0->held = 0;
+	mqtt_durable(qos0->mqtt, mqtt_generation(qos0->mqtt), held);
+	if (qos0->parcels < PARCELS_MOST)
+		submit(qos0);
+}
+
+static const struct mqtt_handler mqtt_handler = {
+    .up = on_up,
+    .down = on_down,
+    .message = on_message,
+    .drained = on_drained,
+    .subscribed = on_subscribed,
+};
+
+/* ---- public ---- */
+
+struct qos0 *qos0_create(uv_loop_t *loop, const struct qos0_options *options, void *owner)
+{
+	struct qos0 *qos0 = memory_zeroed(1, sizeof *qos0);
+	qos0->config = options->config;
+	qos0->delivery = options->delivery;
+	qos0->counters = options->counters;
+	qos0->filter = options->filter;
+	qos0->subscribed = options->subscribed;
+	qos0->owner = owner;
+	qos0->sender = (struct delivery_sender){.settled = on_settled};
+	struct mqtt_options mqtt = {.config = &options->config->mqtt,
+	                            .client_id = options->client_id,
+	                            .name = "consumer of QoS 0",
+	                            .clean_start = true};
+	qos0->mqtt = mqtt_create(loop, &mqtt, &mqtt_handler, qos0);
+	return qos0;
+}
+
+void qos0_go(struct qos0 *qos0)
+{
+	mqtt_connect(qos0->mqtt);
+}
+
+bool qos0_is_up(const struct qos0 *qos0)
+{
+	return qos0->mqtt != NULL && mqtt_is_up(qos0->mqtt);
+}
+
+/* ---- stopping ---- */
+
+static void close_when_idle(struct qos0 *qos0)
+{
+	if (!qos0->stopping || qos0->mqtt != NULL || qos0->parcels > 0)
+		return;
+	void (*stopped)(void *) = qos0->stopped;
+	void *owner = qos0->owner;
+	free(qos0);
+	stopped(owner);
+}
+
+static void mqtt_closed(void *owner)
+{
+	struct qos0 *qos0 = owner;
+	qos0->mqtt = NULL;
+	submit(qos0);
+	if (qos0->parcels > 0 && delivery_trouble(qos0->delivery) != NULL)
+		qos0_hurry(qos0);
+	else
+		close_when_idle(qos0);
+}
+
+void qos0_stop(struct qos0 *qos0, void (*stopped)(void *owner))
+{
+	qos0->stopping = true;
+	qos0->stopped = stopped;
+	mqtt_close(qos0->mqtt, mqtt_closed);
+}
+
+void qos0_hurry(struct qos0 *qos0)
+{
+	if (qos0->mqtt != NULL)
+		mqtt_close(qos0->mqtt, mqtt_closed);
+	else
+		delivery_give_up(qos0->delivery, &qos0->sender, METRICS_SHUTDOWN);
+}

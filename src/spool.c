@@ -1,0 +1,1317 @@
+/*
+ * See spool.h for the contract and spool_row.h for the other files of the spool.
+ *
+ * Tables: `message`, a row each; `tally`, one row with the number of messages and the number of the next row, written
+ * in the transaction that changes them, so that nothing is counted at the start and no row number is used twice;
+ * `damaged`, rows that are not what was written any more, kept for people.
+ *
+ * The disk. A commit goes to the write-ahead log (WAL) with one fsync. When the WAL is long it is copied into the file
+ * (a checkpoint), here and not by SQLite, so that the sum of file, WAL and index can be held below spool.max_size: what
+ * a transaction needs at most is reckoned before it begins (struct footprint), in the WAL and later in the file. A
+ * reserve is left that removing never needs more than, if need be a few rows at a time. When the spool has become empty
+ * the file is made small again.
+ *
+ * The index of the WAL (-shm) is shared memory, for else the operator could not look beside a running service. SQLite
+ * writes every page of it when it makes it, so that on a full disk that fails (SQLITE_IOERR_SHMSIZE) and no later
+ * access can raise SIGBUS; it grows by 32 KiB for each 16 MiB of WAL. The file itself is not mapped.
+ *
+ * Errors. Whatever is not a full disk ends the connection (`database` is NULL); spool_test() makes a new one. SQLite
+ * does not believe a transaction whose fsync failed, but its bytes may be in the WAL and, to the next connection, look
+ * like committed. So every connection begins with copying the whole WAL into the file, with fsyncs, and cutting it to
+ * nothing, before anything is written behind such bytes: then it does not matter whether they are on the disk.
+ *
+ * Damage. At the start the structure of a file up to CHECKED_BYTES is checked whole (about 0.1 s); of a larger one only
+ * the schema and both ends, for the check would keep the service waiting for seconds. Damage that shows later ends the
+ * connection like any error, and then the next one finds it. A damaged file is recovered into a new one beside it: rows
+ * by SQLite as far as it comes, then rows from its raw pages. The steps, each safe to die in:
+ *
+ *   PATH.recovering   being filled; worth nothing
+ *   PATH.recovered    complete and on disk; while it exists, PATH is the damaged one
+ *   PATH, PATH-wal    renamed to PATH.corrupt-TIME, then PATH.recovered renamed to PATH
+ */
+#define _GNU_SOURCE
+#include "spool.h"
+
+#include "clock.h"
+#include "log.h"
+#include "memory.h"
+#include "spool_row.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <inttypes.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/file.h>
+#include <sys/stat.h>
+#include <sys/statvfs.h>
+#include <time.h>
+#include <unistd.h>
+
+enum {
+	BUSY_MS = 200, /* for somebody else who writes or looks */
+	CACHE_KIB = 4096,
+	WAL_BYTES = 8 * 1024 * 1024, /* copied into the file when it is longer */
+	CHECKED_BYTES = 128 * 1024 * 1024,
+	SHRUNK_BYTES = 1024 * 1024, /* an empty spool may stay this large */
+	SMALLEST_BYTES = 1024 * 1024,
+	INDEX_BYTES = 32 * 1024, /* of the WAL's index, for each INDEX_FRAMES */
+	INDEX_FRAMES = 4096,
+	FRAME_BYTES = (int)SPOOL_WAL_FRAME + (int)SPOOL_PAGE,
+	FIXED_FRAMES = 12,          /* pages that any transaction may change: first, tally, root, edges */
+	RESERVE_BYTES = 160 * 1024, /* to remove FEW_ROWS with */
+	FEW_ROWS = 16,
+	DAMAGED_AT_ONCE = 64,
+	WAL_READ_MOST = 1024 * 1024 * 1024,
+};
+#define LARGEST_DEFAULT ((int64_t)1024 * 1024 * 1024)
+
+static const char *const SCHEMA[] = {
+    "CREATE TABLE message (" SPOOL_COLUMN_TYPES ")",
+    "CREATE TABLE damaged (" SPOOL_COLUMN_TYPES ")",
+    "CREATE TABLE tally (messages INTEGER, next_row INTEGER, tests INTEGER)",
+};
+enum { TABLES = sizeof SCHEMA / sizeof *SCHEMA };
+
+/* The statements a connection keeps prepared. */
+enum statement {
+	BEGIN,
+	COMMIT,
+	ROLLBACK,
+	INSERT,
+	COUNT,
+	READ,
+	REMOVE,
+	SET_ASIDE,
+	OLDEST,
+	TALLY,
+	TEST,
+	PAGES,
+	FREE_PAGES,
+	STATEMENTS
+};
+
+static const char *const SQL[STATEMENTS] = {
+    [BEGIN] = "BEGIN IMMEDIATE",
+    [COMMIT] = "COMMIT",
+    [ROLLBACK] = "ROLLBACK",
+    [INSERT] = "INSERT INTO message (" SPOOL_COLUMN_NAMES ") VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+    [COUNT] = "UPDATE tally SET messages = ?, next_row = ?",
+    [READ] = "SELECT " SPOOL_COLUMN_NAMES " FROM message WHERE row > ? ORDER BY row",
+    [REMOVE] = "DELETE FROM message WHERE row BETWEEN ? AND ?",
+    [SET_ASIDE] = "INSERT OR REPLACE INTO damaged SELECT * FROM message WHERE row = ?",
+    [OLDEST] = "SELECT received_at FROM message ORDER BY row LIMIT 1",
+    [TALLY] = "SELECT messages, next_row FROM tally",
+    [TEST] = "UPDATE tally SET tests = tests + 1",
+    [PAGES] = "PRAGMA page_count",
+    [FREE_PAGES] = "PRAGMA freelist_count",
+};
+
+struct spool {
+	char *path, *wal, *index, *lock, *directory;
+	int lock_fd;
+	int64_t configured_size; /* bytes; 0: settled when the spool is opened */
+	sqlite3 *database;       /* NULL: failed */
+	sqlite3_stmt *statements[STATEMENTS];
+	bool damaged; /* the file, by what SQLite said */
+	int64_t next_row;
+	int64_t wal_frames; /* in use, at most */
+	int64_t refused;    /* frames that the transaction needed for which there was no room, or 0 */
+	struct log_repeat damaged_rows;
+	/* For spool_status(), which may look from another thread. */
+	_Atomic uint64_t messages, bytes, max_size;
+	_Atomic int64_t oldest_ms;
+};
+
+/* ---- what went wrong ---- */
+
+static bool is_damage(int code)
+{
+	code &= 0xff;
+	return code == SQLITE_CORRUPT || code == SQLITE_NOTADB || code == SQLITE_FORMAT;
+}
+
+static bool is_full(sqlite3 *database, int code)
+{
+	int reason = database != NULL ? sqlite3_system_errno(database) : 0;
+	if ((code & 0xff) == SQLITE_FULL)
+		return true;
+	if (code == SQLITE_IOERR_FSYNC || code == SQLITE_IOERR_DIR_FSYNC)
+		return false; /* whatever the reason is: what is on disk is not known */
+	return ((code & 0xff) == SQLITE_IOERR || (code & 0xff) == SQLITE_CANTOPEN) &&
+	       (reason == ENOSPC || reason == EDQUOT);
+}
+
+/* SQLite's words for an error, and the system's where there are some. */
+static char *describe(sqlite3 *database, int code)
+{
+	int reason = database != NULL ? sqlite3_system_errno(database) : 0;
+	int kind = code & 0xff;
+	bool by_system = reason != 0 && (kind == SQLITE_IOERR || kind == SQLITE_CANTOPEN || kind == SQLITE_FULL);
+	return memory_format("%s%s%s", sqlite3_errstr(code), by_system ? ": " : "", by_system ? strerror(reason) : "");
+}
+
+static void detach(struct spool *spool)
+{
+	for (int i = 0; i < STATEMENTS; i++)
+		sqlite3_finalize(spool->statements[i]);
+	memset(spool->statements, 0, sizeof spool->statements);
+	/* A damaged file is left as it is, with its WAL. */
+	if (spool->database != NULL && spool->damaged)
+		sqlite3_db_config(spool->database, SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1, NULL);
+	sqlite3_close_v2(spool->database);
+	spool->database = NULL;
+}
+
+static void note_bytes(struct spool *spool)
+{
+	struct stat status;
+	uint64_t bytes = 0;
+	const char *const paths[] = {spool->path, spool->wal, spool->index};
+	for (size_t i = 0; i < sizeof paths / sizeof *paths; i++)
+		bytes += stat(paths[i], &status) == 0 && S_ISREG(status.st_mode) ? (uint64_t)status.st_size : 0;
+	atomic_store(&spool->bytes, bytes);
+}
+
+/* End the transaction, if there is one, and give the result that `code` means. */
+static enum spool_result give_up(struct spool *spool, const char *doing, int code, char *error, size_t error_size)
+{
+	bool full = is_full(spool->database, code);
+	char *text = describe(spool->database, code);
+	if (spool->database != NULL)
+		for (int i = 0; i < STATEMENTS; i++)
+			sqlite3_reset(spool->statements[i]);
+	if (spool->database != NULL && !sqlite3_get_autocommit(spool->database))
+		sqlite3_exec(spool->database, "ROLLBACK", NULL, NULL, NULL);
+	snprintf(error, error_size, "cannot %s the spool %s: %s", doing, spool->path, text);
+	free(text);
+	if (full)
+		return SPOOL_FULL;
+	spool->damaged |= is_damage(code);
+	detach(spool);
+	note_bytes(spool);
+	return SPOOL_FAILED;
+}
+
+static bool is_attached(const struct spool *spool, char *error, size_t error_size)
+{
+	if (spool->database != NULL)
+		return true;
+	snprintf(error, error_size, "the spool %s failed before", spool->path);
+	return false;
+}
+
+/* ---- statements ---- */
+
+/* Run a statement that gives no row, and reset it. SQLITE_OK or the error. */
+static int run(struct spool *spool, enum statement which)
+{
+	int code = sqlite3_step(spool->statements[which]);
+	sqlite3_reset(spool->statements[which]);
+	return code == SQLITE_DONE || code == SQLITE_ROW ? SQLITE_OK : code;
+}
+
+/* The number a statement gives, or `otherwise` where it gives no row. */
+static int query_number(struct spool *spool, enum statement which, int64_t otherwise, int64_t *number)
+{
+	int code = sqlite3_step(spool->statements[which]);
+	*number = code == SQLITE_ROW ? sqlite3_column_int64(spool->statements[which], 0) : otherwise;
+	sqlite3_reset(spool->statements[which]);
+	return code == SQLITE_ROW || code == SQLITE_DONE ? SQLITE_OK : code;
+}
+
+static int write_tally(struct spool *spool, int64_t messages, int64_t next_row)
+{
+	sqlite3_bind_int64(spool->statements[COUNT], 1, messages);
+	sqlite3_bind_int64(spool->statements[COUNT], 2, next_row);
+	return run(spool, COUNT);
+}
+
+static int refresh_oldest(struct spool *spool)
+{
+	int64_t oldest;
+	int code = query_number(spool, OLDEST, 0, &oldest);
+	atomic_store(&spool->oldest_ms, oldest);
+	return code;
+}
+
+/* ---- room on disk ---- */
+
+/* How many pages rows take at most when they are added one behind the other. */
+struct footprint {
+	int64_t leaves, overflows;
+	size_t left; /* bytes in the last leaf */
+};
+
+static void add_to_footprint(struct footprint *footprint, const struct spool_row *row)
+{
+	enum {
+		LEAF_BYTES = SPOOL_PAGE - 8,
+		COLUMNS_MOST = 96, /* of a row beside its bytes: header, numbers, what the cell adds */
+		LOCAL_MOST = SPOOL_PAGE - 35,
+		OVERFLOW_BYTES = SPOOL_PAGE - 4,
+	};
+	size_t bytes = spool_row_bytes(row) + COLUMNS_MOST;
+	if (bytes > LOCAL_MOST) {
+		footprint->overflows += (int64_t)(bytes / OVERFLOW_BYTES) + 1;
+		bytes = LOCAL_MOST;
+	}
+	if (footprint->left < bytes) {
+		footprint->leaves++;
+		footprint->left = LEAF_BYTES;
+	}
+	footprint->left -= bytes;
+}
+
+/* The pages a transaction with these rows may write: theirs, those above them, and the list of free pages. */
+static int64_t count_frames(const struct footprint *footprint)
+{
+	enum { CHILDREN_LEAST = 200, LISTED = 1000 };
+	return FIXED_FRAMES + footprint->leaves + footprint->overflows + footprint->leaves / CHILDREN_LEAST +
+	       (footprint->leaves + footprint->overflows) / LISTED;
+}
+
+static int64_t size_of(const char *path)
+{
+	struct stat status;
+	return stat(path, &status) == 0 ? (int64_t)status.st_size : 0;
+}
+
+static int64_t largest(int64_t one, int64_t other)
+{
+	return one > other ? one : other;
+}
+
+static int64_t reserve_of(const struct spool *spool)
+{
+	return RESERVE_BYTES + (int64_t)atomic_load(&spool->max_size) / 512;
+}
+
+/* What may be on disk once `frames` are in the WAL, and later, of them `added` pages more than now, in the file. */
+static int reckon(struct spool *spool, int64_t frames, int64_t added, int64_t *bytes)
+{
+	int64_t pages, unused;
+	int code = query_number(spool, PAGES, 0, &pages);
+	if (code == SQLITE_OK)
+		code = query_number(spool, FREE_PAGES, 0, &unused);
+	if (code != SQLITE_OK)
+		return code;
+	int64_t all_frames = spool->wal_frames + frames;
+	int64_t wal = largest(size_of(spool->wal), SPOOL_WAL_HEADER + all_frames * FRAME_BYTES);
+	int64_t index = largest(size_of(spool->index), ((all_frames + 64) / INDEX_FRAMES + 1) * INDEX_BYTES);
+	*bytes = (pages + largest(added - unused, 0)) * SPOOL_PAGE + wal + index;
+	return SQLITE_OK;
+}
+
+/* Copy the WAL into the file. All of it was copied and it is empty: SQLITE_OK. A reader that needs it: SQLITE_BUSY. */
+static int empty_wal(struct spool *spool)
+{
+	int frames = 0, copied = 0;
+	int code = sqlite3_wal_checkpoint_v2(spool->database, NULL, SQLITE_CHECKPOINT_TRUNCATE, &frames, &copied);
+	if (code == SQLITE_OK)
+		spool->wal_frames = 0;
+	return code;
+}
+
+/* Whether `frames` more fit below spool.max_size with `kept` bytes to spare: *fits. The WAL is emptied when that helps.
+ */
+static int find_room(struct spool *spool, int64_t frames, int64_t added, int64_t kept, bool *fits)
+{
+	int64_t bytes, most = (int64_t)atomic_load(&spool->max_size) - kept;
+	int code = reckon(spool, frames, added, &bytes);
+	*fits = bytes <= most;
+	if (code != SQLITE_OK || *fits || size_of(spool->wal) == 0)
+		return code;
+	code = empty_wal(spool);
+	/* A reader beside, or a disk so full that the file cannot grow: then it does not fit. */
+	if ((code & 0xff) == SQLITE_BUSY || is_full(spool->database, code))
+		return SQLITE_OK;
+	if (code == SQLITE_OK)
+		code = reckon(spool, frames, added, &bytes);
+	*fits = bytes <= most;
+	return code;
+}
+
+/* After a transaction, which is durable whatever happens here. */
+static void tidy_wal(struct spool *spool)
+{
+	int frames, copied;
+	int64_t most = (int64_t)atomic_load(&spool->max_size) / 8;
+	if (most > WAL_BYTES)
+		most = WAL_BYTES;
+	if (spool->wal_frames * FRAME_BYTES < most)
+		return;
+	int code = sqlite3_wal_checkpoint_v2(spool->database, NULL, SQLITE_CHECKPOINT_PASSIVE, &frames, &copied);
+	if (code == SQLITE_OK || (code & 0xff) == SQLITE_BUSY || is_full(spool->database, code))
+		return;
+	char error[512];
+	give_up(spool, "copy the write-ahead log of", code, error, sizeof error);
+	log_error("spool", "%s", error);
+}
+
+/* Give the disk back when the last message is gone. */
+static void shrink(struct spool *spool)
+{
+	int64_t pages, unused;
+	bool fits = false;
+	if (query_number(spool, PAGES, 0, &pages) != SQLITE_OK ||
+	    pages * SPOOL_PAGE + size_of(spool->wal) <= SHRUNK_BYTES)
+		return;
+	if (query_number(spool, FREE_PAGES, 0, &unused) != SQLITE_OK ||
+	    find_room(spool, pages - unused + FIXED_FRAMES, 0, 0, &fits) != SQLITE_OK || !fits)
+		return;
+	int code = sqlite3_exec(spool->database, "VACUUM", NULL, NULL, NULL);
+	if (code == SQLITE_OK)
+		code = empty_wal(spool);
+	if (code == SQLITE_OK || (code & 0xff) == SQLITE_BUSY || is_full(spool->database, code))
+		return;
+	char error[512];
+	give_up(spool, "shrink", code, error, sizeof error);
+	log_error("spool", "%s", error);
+}
+
+/* SQLite tells after each commit how long the WAL is. */
+static int on_wal(void *owner, sqlite3 *database, const char *name, int frames)
+{
+	struct spool *spool = owner;
+	spool->wal_frames = frames;
+	return SQLITE_OK;
+}
+
+/* ---- a connection ---- */
+
+static bool sync_directory(const struct spool *spool)
+{
+	int fd = open(spool->directory, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+	if (fd < 0)
+		return false;
+	bool synced = fsync(fd) == 0;
+	close(fd);
+	return synced;
+}
+
+/* SQLite would make it readable to others. */
+static void make_file(const char *path)
+{
+	int fd = open(path, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
+	if (fd >= 0)
+		close(fd);
+}
+
+static int open_file(const char *path, int flags, sqlite3 **database)
+{
+	int code = sqlite3_open_v2(path, database, flags | SQLITE_OPEN_NOMUTEX, NULL);
+	if (code != SQLITE_OK)
+		return code;
+	sqlite3_extended_result_codes(*database, 1);
+	sqlite3_busy_timeout(*database, BUSY_MS);
+	return SQLITE_OK;
+}
+
+/* The number the query gives, or -1 with *code. */
+static int64_t ask_number(sqlite3 *database, const char *sql, int *code)
+{
+	sqlite3_stmt *statement = NULL;
+	int64_t number = -1;
+	*code = sqlite3_prepare_v2(database, sql, -1, &statement, NULL);
+	if (*code == SQLITE_OK) {
+		*code = sqlite3_step(statement);
+		if (*code == SQLITE_ROW)
+			number = sqlite3_column_int64(statement, 0);
+		*code = *code == SQLITE_ROW || *code == SQLITE_DONE ? SQLITE_OK : *code;
+	}
+	sqlite3_finalize(statement);
+	return number;
+}
+
+static int make_tables(sqlite3 *database)
+{
+	int code = sqlite3_exec(database, "BEGIN IMMEDIATE", NULL, NULL, NULL);
+	for (int i = 0; code == SQLITE_OK && i < TABLES; i++)
+		code = sqlite3_exec(database, SCHEMA[i], NULL, NULL, NULL);
+	char *rest = memory_format("INSERT INTO tally VALUES (0, 1, 0); PRAGMA application_id = %d; "
+	                           "PRAGMA user_version = %d; COMMIT",
+	                           SPOOL_APPLICATION, SPOOL_FORMAT);
+	if (code == SQLITE_OK)
+		code = sqlite3_exec(database, rest, NULL, NULL, NULL);
+	free(rest);
+	return code;
+}
+
+/* The tables are ours, to the letter. */
+static int check_tables(sqlite3 *database)
+{
+	sqlite3_stmt *statement = NULL;
+	int code = sqlite3_prepare_v2(database, "SELECT sql FROM sqlite_schema ORDER BY rowid", -1, &statement, NULL);
+	bool same = code == SQLITE_OK;
+	for (int i = 0; same && i < TABLES; i++) {
+		code = sqlite3_step(statement);
+		const char *sql = code == SQLITE_ROW ? (const char *)sqlite3_column_text(statement, 0) : NULL;
+		same = sql != NULL && strcmp(sql, SCHEMA[i]) == 0;
+	}
+	if (same)
+		code = sqlite3_step(statement);
+	sqlite3_finalize(statement);
+	if (code != SQLITE_ROW && code != SQLITE_DONE)
+		return code;
+	return same && code == SQLITE_DONE ? SQLITE_OK : SQLITE_CORRUPT;
+}
+
+static int check_structure(sqlite3 *database)
+{
+	sqlite3_stmt *statement = NULL;
+	int code = sqlite3_prepare_v2(database, "PRAGMA quick_check(1)", -1, &statement, NULL);
+	if (code == SQLITE_OK)
+		code = sqlite3_step(statement);
+	bool well = code == SQLITE_ROW && strcmp((const char *)sqlite3_column_text(statement, 0), "ok") == 0;
+	sqlite3_finalize(statement);
+	if (code != SQLITE_ROW && code != SQLITE_DONE)
+		return code;
+	return well ? SQLITE_OK : SQLITE_CORRUPT;
+}
+
+/* SQLITE_OK: ours, or *is_new, with nothing in it. Reads only. */
+static int identify(sqlite3 *database, bool *is_new)
+{
+	int code;
+	int64_t tables = 0, version = 0, page_size = 0,
+		application = ask_number(database, "PRAGMA application_id", &code);
+	if (code == SQLITE_OK)
+		tables = ask_number(database, "SELECT count(*) FROM sqlite_schema", &code);
+	if (code == SQLITE_OK)
+		version = ask_number(database, "PRAGMA user_version", &code);
+	if (code == SQLITE_OK)
+		page_size = ask_number(database, "PRAGMA page_size", &code);
+	*is_new = application == 0 && tables == 0 && page_size == SPOOL_PAGE;
+	if (code != SQLITE_OK || *is_new)
+		return code;
+	return application == SPOOL_APPLICATION && version == SPOOL_FORMAT && page_size == SPOOL_PAGE ? SQLITE_OK
+	                                                                                              : SQLITE_NOTADB;
+}
+
+static int check_file(sqlite3 *database)
+{
+	int code = check_tables(database);
+	int64_t pages = code == SQLITE_OK ? ask_number(database, "PRAGMA page_count", &code) : 0;
+	if (code == SQLITE_OK && pages * SPOOL_PAGE <= CHECKED_BYTES)
+		return check_structure(database);
+	if (code == SQLITE_OK)
+		ask_number(database, "SELECT min(row) FROM message", &code);
+	if (code == SQLITE_OK)
+		ask_number(database, "SELECT max(row) FROM message", &code);
+	return code;
+}
+
+/* Every commit to the WAL, with an fsync. A file system on which SQLite cannot have a WAL is refused. */
+static int set_durable(sqlite3 *database)
+{
+	sqlite3_stmt *statement = NULL;
+	if (sqlite3_db_readonly(database, "main") == 1)
+		return SQLITE_READONLY;
+	int code = sqlite3_prepare_v2(database, "PRAGMA journal_mode = WAL", -1, &statement, NULL);
+	if (code == SQLITE_OK)
+		code = sqlite3_step(statement);
+	bool is_wal = code == SQLITE_ROW && strcmp((const char *)sqlite3_column_text(statement, 0), "wal") == 0;
+	sqlite3_finalize(statement);
+	if (code != SQLITE_ROW)
+		return code == SQLITE_DONE ? SQLITE_CANTOPEN : code;
+	if (!is_wal)
+		return SQLITE_CANTOPEN;
+	return sqlite3_exec(database, "PRAGMA synchronous = FULL; PRAGMA wal_autocheckpoint = 0", NULL, NULL, NULL);
+}
+
+static int prepare(struct spool *spool)
+{
+	static const char settings[] = "PRAGMA temp_store = MEMORY; PRAGMA mmap_size = 0; PRAGMA secure_delete = OFF; "
+				       "PRAGMA cell_size_check = ON; PRAGMA trusted_schema = OFF";
+	bool is_new = false;
+	int code = sqlite3_exec(spool->database, settings, NULL, NULL, NULL);
+	if (code == SQLITE_OK)
+		code = identify(spool->database, &is_new);
+	if (code == SQLITE_OK)
+		code = set_durable(spool->database);
+	int64_t most = (int64_t)atomic_load(&spool->max_size);
+	char *sizes = memory_format("PRAGMA cache_size = -%d; PRAGMA journal_size_limit = %" PRId64
+	                            "; PRAGMA max_page_count = %" PRId64,
+	                            CACHE_KIB, most / 8 < WAL_BYTES ? most / 8 : WAL_BYTES, most / SPOOL_PAGE);
+	if (code == SQLITE_OK)
+		code = sqlite3_exec(spool->database, sizes, NULL, NULL, NULL);
+	free(sizes);
+	if (code == SQLITE_OK)
+		code = is_new ? make_tables(spool->database) : check_file(spool->database);
+	for (int i = 0; code == SQLITE_OK && i < STATEMENTS; i++)
+		code = sqlite3_prepare_v3(spool->database, SQL[i], -1, SQLITE_PREPARE_PERSISTENT, &spool->statements[i],
+		                          NULL);
+	sqlite3_wal_hook(spool->database, on_wal, spool);
+	return code;
+}
+
+/* The whole file in memory, or NULL: there is none, it is empty or cannot be read. */
+static uint8_t *read_whole(const char *path, size_t *length)
+{
+	int fd = open(path, O_RDONLY | O_CLOEXEC);
+	int64_t size = fd >= 0 ? size_of(path) : 0;
+	uint8_t *bytes = NULL;
+	*length = 0;
+	if (size > 0 && size <= WAL_READ_MOST) {
+		bytes = memory_resize(NULL, (size_t)size);
+		for (ssize_t got; *length < (size_t)size; *length += (size_t)got)
+			if ((got = pread(fd, bytes + *length, (size_t)size - *length, (off_t)*length)) <= 0)
+				break;
+	}
+	if (fd >= 0)
+		close(fd);
+	return bytes;
+}
+
+/* ---- rows of a WAL whose end is not believed ---- */
+
+struct tail {
+	struct spool *spool;
+	sqlite3_stmt *insert;
+	int code;
+	int64_t inserted, greatest;
+};
+
+static bool take_tail_row(void *owner, const struct spool_row *row)
+{
+	struct tail *tail = owner;
+	spool_row_bind(tail->insert, row);
+	tail->code = sqlite3_step(tail->insert);
+	sqlite3_reset(tail->insert);
+	if (tail->code != SQLITE_DONE)
+		return false;
+	tail->code = SQLITE_OK;
+	tail->inserted += sqlite3_changes(tail->spool->database);
+	tail->greatest = largest(tail->greatest, row->record.row);
+	return true;
+}
+
+/* A transaction behind the WAL's believed end is what a flipped bit in an earlier one looks like, or a power cut in the
+ * last. Its rows are right or not by their own checksums. */
+static int take_tail(struct spool *spool, const uint8_t *wal, size_t wal_bytes, size_t frames)
+{
+	struct spool_salvage salvage = {
+	    .file = -1, .wal = wal, .wal_bytes = wal_bytes, .first_frame = frames, .least_row = spool->next_row};
+	struct tail tail = {.spool = spool, .greatest = spool->next_row - 1};
+	int code = sqlite3_prepare_v2(spool->database,
+	                              "INSERT OR IGNORE INTO message (" SPOOL_COLUMN_NAMES
+	                              ") VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+	                              -1, &tail.insert, NULL);
+	int64_t messages = (int64_t)atomic_load(&spool->messages);
+	if (code == SQLITE_OK)
+		code = run(spool, BEGIN);
+	if (code == SQLITE_OK) {
+		spool_salvage(&salvage, take_tail_row, &tail);
+		code = tail.code;
+	}
+	if (code == SQLITE_OK)
+		code = write_tally(spool, messages + tail.inserted, tail.greatest + 1);
+	if (code == SQLITE_OK)
+		code = run(spool, COMMIT);
+	sqlite3_finalize(tail.insert);
+	if (code != SQLITE_OK)
+		return code;
+	atomic_store(&spool->messages, (uint64_t)(messages + tail.inserted));
+	spool->next_row = tail.greatest + 1;
+	log_warn("spool",
+	         "the end of %s is damaged or was cut off by a crash; %" PRId64 " messages were read from behind",
+	         spool->wal, tail.inserted);
+	return SQLITE_OK;
+}
+
+/* Everything that a new connection needs to know and do before it is used. `wal` is the WAL as it was found. */
+static int begin_use(struct spool *spool, const uint8_t *wal, size_t wal_bytes)
+{
+	int frames = 0, copied = 0;
+	int64_t next_row = 1, messages = 0;
+	int code = sqlite3_step(spool->statements[TALLY]);
+	if (code == SQLITE_ROW) {
+		messages = sqlite3_column_int64(spool->statements[TALLY], 0);
+		next_row = sqlite3_column_int64(spool->statements[TALLY], 1);
+	}
+	sqlite3_reset(spool->statements[TALLY]);
+	if (code != SQLITE_ROW || messages < 0 || next_row < 1)
+		return code == SQLITE_ROW || code == SQLITE_DONE ? SQLITE_CORRUPT : code;
+	atomic_store(&spool->messages, (uint64_t)messages);
+	spool->next_row = largest(spool->next_row, next_row);
+	code = sqlite3_wal_checkpoint_v2(spool->database, NULL, SQLITE_CHECKPOINT_PASSIVE, &frames, &copied);
+	spool->wal_frames = frames > 0 ? frames : 0;
+	if ((code == SQLITE_OK || (code & 0xff) == SQLITE_BUSY) && wal != NULL && frames >= 0 &&
+	    spool_salvage_has_tail(wal, wal_bytes, (size_t)frames))
+		code = take_tail(spool, wal, wal_bytes, (size_t)frames);
+	if (code == SQLITE_OK)
+		code = empty_wal(spool);
+	if ((code & 0xff) ==
+	    SQLITE_BUSY) /* a reader beside: it holds the index, in which only what is committed counts */
+		code = SQLITE_OK;
+	return code == SQLITE_OK ? refresh_oldest(spool) : code;
+}
+
+/* One attempt. On an error the connection is closed again. */
+static int connect_file(struct spool *spool, bool *full, char **text)
+{
+	size_t wal_bytes;
+	uint8_t *wal = read_whole(spool->wal, &wal_bytes);
+	bool is_new = size_of(spool->path) == 0;
+	int code;
+	*full = false;
+	*text = NULL;
+	make_file(spool->path);
+	/* A WAL without its file: SQLite would delete it. */
+	code = is_new && wal_bytes > SPOOL_WAL_HEADER ? SQLITE_CORRUPT : SQLITE_OK;
+	if (code == SQLITE_OK)
+		code = open_file(spool->path, SQLITE_OPEN_READWRITE | SQLITE_OPEN_CREATE, &spool->database);
+	if (code == SQLITE_OK)
+		code = prepare(spool);
+	if (code == SQLITE_OK)
+		code = begin_use(spool, wal, wal_bytes);
+	if (code == SQLITE_OK && is_new && !sync_directory(spool))
+		code = SQLITE_IOERR_DIR_FSYNC;
+	/* Tables that are not ours, or not any more. */
+	if ((code & 0xff) == SQLITE_ERROR)
+		code = SQLITE_CORRUPT;
+	free(wal);
+	if (code == SQLITE_OK)
+		return SQLITE_OK;
+	*full = is_full(spool->database, code);
+	*text = describe(spool->database, code);
+	spool->damaged = is_damage(code);
+	detach(spool);
+	return code;
+}
+
+/* ---- recovery of a damaged file ---- */
+
+struct recovery {
+	struct spool *spool;
+	char *path; /* PATH.recovering */
+	sqlite3 *source, *target;
+	sqlite3_stmt *insert;
+	int code; /* of the target */
+	int64_t first_row, greatest, recovered;
+	int64_t expected; /* messages by the tally, or -1 */
+};
+
+static bool keep_row(void *owner, const struct spool_row *row)
+{
+	struct recovery *recovery = owner;
+	spool_row_bind(recovery->insert, row);
+	recovery->code = sqlite3_step(recovery->insert);
+	sqlite3_reset(recovery->insert);
+	if (recovery->code != SQLITE_DONE)
+		return false;
+	recovery->code = SQLITE_OK;
+	recovery->recovered += sqlite3_changes(recovery->target);
+	recovery->greatest = largest(recovery->greatest, row->record.row);
+	return true;
+}
+
+static int make_target(struct recovery *recovery)
+{
+	unlink(recovery->path);
+	make_file(recovery->path);
+	int code = open_file(recovery->path, SQLITE_OPEN_READWRITE, &recovery->target);
+	if (code == SQLITE_OK)
+		code = sqlite3_exec(recovery->target,
+		                    "PRAGMA page_size = 4096; PRAGMA journal_mode = OFF; PRAGMA secure_delete = OFF; "
+		                    "PRAGMA synchronous = FULL",
+		                    NULL, NULL, NULL);
+	if (code == SQLITE_OK)
+		code = make_tables(recovery->target);
+	if (code == SQLITE_OK)
+		code = sqlite3_prepare_v2(recovery->target,
+		                          "INSERT OR IGNORE INTO message (" SPOOL_COLUMN_NAMES
+		                          ") VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+		                          -1, &recovery->insert, NULL);
+	if (code == SQLITE_OK)
+		code = sqlite3_exec(recovery->target, "BEGIN", NULL, NULL, NULL);
+	return code;
+}
+
+/* What SQLite still reads, in order, up to the first error. */
+static void copy_rows(struct recovery *recovery)
+{
+	sqlite3_stmt *statement = NULL;
+	struct spool_row row;
+	int code = open_file(recovery->spool->path, SQLITE_OPEN_READONLY, &recovery->source);
+	if (code != SQLITE_OK)
+		return;
+	sqlite3_db_config(recovery->source, SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1, NULL);
+	/* Reads on although the file is shorter than its header says. */
+	sqlite3_exec(recovery->source, "PRAGMA mmap_size = 0; PRAGMA writable_schema = ON", NULL, NULL, NULL);
+	int64_t next_row = ask_number(recovery->source, "SELECT next_row FROM tally", &code);
+	if (next_row > 0 && next_row < INT64_MAX / 2)
+		recovery->greatest = next_row - 1;
+	recovery->expected = ask_number(recovery->source, "SELECT messages FROM tally", &code);
+	code = sqlite3_prepare_v2(recovery->source, SQL[READ], -1, &statement, NULL);
+	if (code == SQLITE_OK)
+		sqlite3_bind_int64(statement, 1, 0);
+	while (code == SQLITE_OK && recovery->code == SQLITE_OK && sqlite3_step(statement) == SQLITE_ROW) {
+		if (!spool_row_take(statement, &row))
+			continue;
+		if (recovery->first_row == 0)
+			recovery->first_row = row.record.row;
+		keep_row(recovery, &row);
+	}
+	sqlite3_finalize(statement);
+}
+
+/* Rows below the first that SQLite reads were deleted. */
+static void search_pages(struct recovery *recovery)
+{
+	size_t wal_bytes;
+	uint8_t *wal = read_whole(recovery->spool->wal, &wal_bytes);
+	struct spool_salvage salvage = {
+	    .file = open(recovery->spool->path, O_RDONLY | O_CLOEXEC),
+	    .wal = wal_bytes > SPOOL_WAL_HEADER ? wal : NULL,
+	    .wal_bytes = wal_bytes,
+	    .least_row = recovery->first_row > 0 ? recovery->first_row : 1,
+	};
+	spool_salvage(&salvage, keep_row, recovery);
+	if (salvage.file >= 0)
+		close(salvage.file);
+	free(wal);
+}
+
+static bool sync_file(const char *path)
+{
+	int fd = open(path, O_RDONLY | O_CLOEXEC);
+	bool synced = fd >= 0 && fsync(fd) == 0;
+	if (fd >= 0)
+		close(fd);
+	return synced;
+}
+
+static int finish_target(struct recovery *recovery)
+{
+	int64_t next_row = largest(recovery->greatest + 1, recovery->spool->next_row);
+	char *sql = memory_format("UPDATE tally SET messages = %" PRId64 ", next_row = %" PRId64 "; COMMIT",
+	                          recovery->recovered, next_row);
+	int code = recovery->code;
+	if (code == SQLITE_OK)
+		code = sqlite3_exec(recovery->target, sql, NULL, NULL, NULL);
+	free(sql);
+	return code;
+}
+
+/* See the head of this file. Names the damaged file, for the log. */
+static bool put_in_place(struct spool *spool, char **aside)
+{
+	char *recovered = memory_format("%s.recovered", spool->path), time_text[32];
+	time_t now = time(NULL);
+	struct tm parts;
+	strftime(time_text, sizeof time_text, "%Y%m%dT%H%M%SZ", gmtime_r(&now, &parts));
+	*aside = memory_format("%s.corrupt-%s", spool->path, time_text);
+	for (int i = 2; access(*aside, F_OK) == 0; i++) {
+		free(*aside);
+		*aside = memory_format("%s.corrupt-%s-%d", spool->path, time_text, i);
+	}
+	char *aside_wal = memory_format("%s-wal", *aside);
+	bool done = (rename(spool->path, *aside) == 0 || errno == ENOENT) &&
+	            (rename(spool->wal, aside_wal) == 0 || errno == ENOENT) &&
+	            (unlink(spool->index) == 0 || errno == ENOENT) && sync_directory(spool) &&
+	            rename(recovered, spool->path) == 0 && sync_directory(spool);
+	free(aside_wal);
+	free(recovered);
+	return done;
+}
+
+/* What a recovery that did not come to its end has left. */
+static bool finish_recovery(struct spool *spool)
+{
+	char *recovered = memory_format("%s.recovered", spool->path), *aside = NULL;
+	bool done = access(recovered, F_OK) != 0 || put_in_place(spool, &aside);
+	free(recovered);
+	free(aside);
+	return done;
+}
+
+static void report_recovery(const struct recovery *recovery, const char *reason, const char *aside)
+{
+	char lost[80] = "how many could not be read is not known";
+	if (recovery->expected >= recovery->recovered)
+		snprintf(lost, sizeof lost, "%" PRId64 " could not be read", recovery->expected - recovery->recovered);
+	log_error("spool",
+	          "%s is damaged or no spool of this version (%s): set aside as %s; %" PRId64
+	          " messages were taken over, %s",
+	          recovery->spool->path, reason, aside, recovery->recovered, lost);
+}
+
+/* False with errno when the damaged file cannot be replaced, for want of room or rights. */
+static bool recover(struct spool *spool, const char *reason)
+{
+	struct recovery recovery = {
+	    .spool = spool, .path = memory_format("%s.recovering", spool->path), .expected = -1};
+	char *recovered = memory_format("%s.recovered", spool->path), *aside = NULL;
+	int code = make_target(&recovery);
+	if (code == SQLITE_OK) {
+		copy_rows(&recovery);
+		sqlite3_close_v2(recovery.source);
+		if (recovery.code == SQLITE_OK && recovery.recovered != recovery.expected)
+			search_pages(&recovery);
+		code = finish_target(&recovery);
+	}
+	int system_error = recovery.target != NULL ? sqlite3_system_errno(recovery.target) : EIO;
+	sqlite3_finalize(recovery.insert);
+	sqlite3_close_v2(recovery.target);
+	bool done = code == SQLITE_OK && sync_file(recovery.path) && rename(recovery.path, recovered) == 0 &&
+	            sync_directory(spool) && put_in_place(spool, &aside);
+	int failure = code == SQLITE_OK ? errno : is_full(NULL, code) ? ENOSPC : system_error;
+	if (done)
+		report_recovery(&recovery, reason, aside);
+	else
+		unlink(recovery.path);
+	free(aside);
+	free(recovered);
+	free(recovery.path);
+	errno = failure;
+	return done;
+}
+
+/* ---- opening and closing ---- */
+
+static long lock_holder(int fd)
+{
+	char text[32] = "";
+	return pread(fd, text, sizeof text - 1, 0) > 0 ? strtol(text, NULL, 10) : 0;
+}
+
+/* False with `error`; *taken: by another process. */
+static bool take_lock(struct spool *spool, bool *taken, char *error, size_t error_size)
+{
+	*taken = false;
+	int fd = open(spool->lock, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+	if (fd >= 0 && flock(fd, LOCK_EX | LOCK_NB) == 0) {
+		if (ftruncate(fd, 0) == 0)
+			dprintf(fd, "%ld\n", (long)getpid());
+		spool->lock_fd = fd;
+		return true;
+	}
+	*taken = fd >= 0 && errno == EWOULDBLOCK;
+	if (*taken)
+		snprintf(error, error_size,
+		         "another mqtt2mongo (process %ld) uses the spool %s; give this one its own spool.path or "
+		         "state_dir",
+		         lock_holder(fd), spool->path);
+	else
+		snprintf(error, error_size, "cannot lock %s: %s", spool->lock, strerror(errno));
+	if (fd >= 0)
+		close(fd);
+	return false;
+}
+
+/* spool.max_size, or the smaller of 1 GiB and a quarter of what is free, of which the spool itself is a part. */
+static void settle_size(struct spool *spool)
+{
+	struct statvfs disk;
+	int64_t size = spool->configured_size;
+	note_bytes(spool);
+	if (size == 0 && statvfs(spool->directory, &disk) == 0) {
+		size = ((int64_t)disk.f_bavail * (int64_t)disk.f_frsize + (int64_t)atomic_load(&spool->bytes)) / 4;
+		size = size > LARGEST_DEFAULT ? LARGEST_DEFAULT : size;
+	}
+	atomic_store(&spool->max_size, (uint64_t)largest(size, SMALLEST_BYTES));
+}
+
+/* Lock, connect, and recover if need be. */
+static enum spool_result attach(struct spool *spool, char *error, size_t error_size)
+{
+	bool taken, full;
+	if (spool->lock_fd < 0 && !take_lock(spool, &taken, error, error_size))
+		return SPOOL_FAILED;
+	if (!finish_recovery(spool)) {
+		snprintf(error, error_size, "cannot set the damaged spool %s aside: %s", spool->path, strerror(errno));
+		return SPOOL_FAILED;
+	}
+	if (atomic_load(&spool->max_size) == 0)
+		settle_size(spool);
+	char *reason = spool->damaged ? memory_string("damage was found in use") : NULL;
+	int code = spool->damaged ? SQLITE_CORRUPT : connect_file(spool, &full, &reason);
+	if (spool->damaged) {
+		if (!recover(spool, reason)) {
+			bool no_room = errno == ENOSPC || errno == EDQUOT;
+			snprintf(error, error_size, "the spool %s is damaged (%s) and cannot be recovered: %s",
+			         spool->path, reason, strerror(errno));
+			free(reason);
+			return no_room ? SPOOL_FULL : SPOOL_FAILED;
+		}
+		free(reason);
+		spool->damaged = false;
+		code = connect_file(spool, &full, &reason);
+	}
+	note_bytes(spool);
+	if (code != SQLITE_OK)
+		snprintf(error, error_size, "cannot open the spool %s: %s", spool->path, reason);
+	free(reason);
+	return code == SQLITE_OK ? SPOOL_OK : full ? SPOOL_FULL : SPOOL_FAILED;
+}
+
+static char *directory_of(const char *path)
+{
+	const char *slash = strrchr(path, '/');
+	if (slash == NULL)
+		return memory_string(".");
+	return memory_format("%.*s", slash == path ? 1 : (int)(slash - path), path);
+}
+
+struct spool *spool_open(const struct config_spool *config, char *error, size_t error_size)
+{
+	struct spool *spool = memory_zeroed(1, sizeof *spool);
+	bool taken = false;
+	spool->path = memory_string(config->path);
+	spool->wal = memory_format("%s-wal", config->path);
+	spool->index = memory_format("%s-shm", config->path);
+	spool->lock = memory_format("%s.lock", config->path);
+	spool->directory = directory_of(config->path);
+	spool->lock_fd = -1;
+	spool->configured_size = config->max_size_set ? config->max_size : 0;
+	if (!take_lock(spool, &taken, error, error_size) && taken) {
+		spool_close(spool);
+		return NULL;
+	}
+	if (attach(spool, error, error_size) != SPOOL_OK)
+		log_error("spool", "%s", error);
+	return spool;
+}
+
+void spool_close(struct spool *spool)
+{
+	if (spool == NULL)
+		return;
+	detach(spool);
+	if (spool->lock_fd >= 0)
+		close(spool->lock_fd);
+	free(spool->path);
+	free(spool->wal);
+	free(spool->index);
+	free(spool->lock);
+	free(spool->directory);
+	free(spool);
+}
+
+/* ---- committing ---- */
+
+static size_t measure(const struct batch *const *batches, size_t count, struct footprint *footprint)
+{
+	size_t messages = 0;
+	for (size_t i = 0; i < count; i++)
+		for (size_t j = 0; j < batches[i]->count; j++) {
+			if (batches[i]->messages[j].settled)
+				continue;
+			struct spool_row row = spool_row_of(batches[i], &batches[i]->messages[j], 0);
+			add_to_footprint(footprint, &row);
+			messages++;
+		}
+	return messages;
+}
+
+static int insert_batch(struct spool *spool, const struct batch *batch, int64_t *next_row)
+{
+	sqlite3_stmt *statement = spool->statements[INSERT];
+	for (size_t i = 0; i < batch->count; i++) {
+		if (batch->messages[i].settled)
+			continue;
+		struct spool_row row = spool_row_of(batch, &batch->messages[i], (*next_row)++);
+		spool_row_bind(statement, &row);
+		int code = sqlite3_step(statement);
+		sqlite3_reset(statement);
+		if (code != SQLITE_DONE)
+			return code;
+	}
+	return SQLITE_OK;
+}
+
+static int64_t oldest_of(const struct batch *const *batches, size_t count)
+{
+	for (size_t i = 0; i < count; i++)
+		for (size_t j = 0; j < batches[i]->count; j++)
+			if (!batches[i]->messages[j].settled)
+				return batches[i]->messages[j].received_at;
+	return 0;
+}
+
+static enum spool_result refuse(struct spool *spool, int64_t frames, char *error, size_t error_size)
+{
+	spool->refused = frames;
+	snprintf(error, error_size,
+	         "the spool %s is full: %" PRIu64 " messages, %" PRIu64 " of %" PRIu64 " bytes (spool.max_size)",
+	         spool->path, atomic_load(&spool->messages), atomic_load(&spool->bytes), atomic_load(&spool->max_size));
+	return SPOOL_FULL;
+}
+
+enum spool_result spool_commit(struct spool *spool, const struct batch *const *batches, size_t count, char *error,
+                               size_t error_size)
+{
+	struct footprint footprint = {0};
+	bool fits;
+	if (!is_attached(spool, error, error_size))
+		return SPOOL_FAILED;
+	size_t added = measure(batches, count, &footprint);
+	if (added == 0)
+		return SPOOL_OK;
+	int64_t frames = count_frames(&footprint), next_row = spool->next_row;
+	int64_t messages = (int64_t)(atomic_load(&spool->messages) + added);
+	int code = find_room(spool, frames, frames, reserve_of(spool), &fits);
+	if (code == SQLITE_OK && !fits)
+		return refuse(spool, frames, error, error_size);
+	if (code == SQLITE_OK)
+		code = run(spool, BEGIN);
+	for (size_t i = 0; code == SQLITE_OK && i < count; i++)
+		code = insert_batch(spool, batches[i], &next_row);
+	if (code == SQLITE_OK)
+		code = write_tally(spool, messages, next_row);
+	if (code == SQLITE_OK)
+		code = run(spool, COMMIT);
+	if (code != SQLITE_OK) {
+		spool->refused = frames;
+		return give_up(spool, "write to", code, error, error_size);
+	}
+	if (atomic_exchange(&spool->messages, (uint64_t)messages) == 0)
+		atomic_store(&spool->oldest_ms, oldest_of(batches, count));
+	spool->next_row = next_row;
+	tidy_wal(spool);
+	note_bytes(spool);
+	return SPOOL_OK;
+}
+
+/* ---- reading ---- */
+
+/* The rows that were found not to be what was written. */
+struct damaged_rows {
+	int64_t rows[DAMAGED_AT_ONCE];
+	size_t count;
+};
+
+/* Take rows out of the way. When there is no room for that they stay, and are left out of what is read. */
+static enum spool_result set_aside(struct spool *spool, const struct damaged_rows *damaged, char *error,
+                                   size_t error_size)
+{
+	bool fits = false;
+	int64_t messages = (int64_t)atomic_load(&spool->messages);
+	log_repeat(
+	    &spool->damaged_rows, LOG_LEVEL_ERROR, "spool",
+	    "%zu messages of %s are not what was written (wrong checksum) and are not delivered; the first is row "
+	    "%" PRId64 ", kept in its table damaged",
+	    damaged->count, spool->path, damaged->rows[0]);
+	int code = find_room(spool, FIXED_FRAMES + (int64_t)damaged->count * 4, 0, 0, &fits);
+	if (code == SQLITE_OK && !fits)
+		return SPOOL_OK;
+	if (code == SQLITE_OK)
+		code = run(spool, BEGIN);
+	for (size_t i = 0; code == SQLITE_OK && i < damaged->count; i++) {
+		sqlite3_bind_int64(spool->statements[SET_ASIDE], 1, damaged->rows[i]);
+		code = run(spool, SET_ASIDE);
+		sqlite3_bind_int64(spool->statements[REMOVE], 1, damaged->rows[i]);
+		sqlite3_bind_int64(spool->statements[REMOVE], 2, damaged->rows[i]);
+		if (code == SQLITE_OK)
+			code = run(spool, REMOVE);
+		messages -= messages > 0;
+	}
+	if (code == SQLITE_OK)
+		code = write_tally(spool, messages, spool->next_row);
+	if (code == SQLITE_OK)
+		code = run(spool, COMMIT);
+	if (code != SQLITE_OK)
+		return give_up(spool, "set damaged messages aside in", code, error, error_size) == SPOOL_FULL
+		           ? SPOOL_OK
+		           : SPOOL_FAILED;
+	atomic_store(&spool->messages, (uint64_t)messages);
+	code = refresh_oldest(spool);
+	return code == SQLITE_OK ? SPOOL_OK : give_up(spool, "read", code, error, error_size);
+}
+
+/* Append the row, unless it is of another route than the batch or too much. */
+static bool append(struct batch *batch, const struct spool_row *row, size_t most_bytes, size_t *bytes)
+{
+	size_t size = (size_t)row->record.topic_length + row->record.payload_length;
+	const char *route = row->route_length > 0 ? row->route : NULL;
+	if (batch->count == 0)
+		batch_keep_route(batch, route);
+	else if ((route == NULL) != (batch->route == NULL) || (route != NULL && strcmp(route, batch->route) != 0) ||
+	         *bytes + size > most_bytes)
+		return false;
+	struct batch_record record = row->record;
+	record.tried = true;
+	batch_restore(batch, &record);
+	*bytes += size;
+	return true;
+}
+
+/* SQLITE_OK, or the error that ended it. *seen: how many rows there were, good or not. */
+static int read_rows(struct spool *spool, int64_t after, struct batch *batch, size_t most_count, size_t most_bytes,
+                     struct damaged_rows *damaged, size_t *seen)
+{
+	sqlite3_stmt *statement = spool->statements[READ];
+	struct spool_row row;
+	size_t bytes = 0;
+	int code = SQLITE_ROW;
+	sqlite3_bind_int64(statement, 1, after);
+	while ((batch->count < most_count || batch->count == 0) && damaged->count < DAMAGED_AT_ONCE &&
+	       (code = sqlite3_step(statement)) == SQLITE_ROW) {
+		++*seen;
+		if (!spool_row_take(statement, &row))
+			damaged->rows[damaged->count++] = sqlite3_column_int64(statement, 0);
+		else if (!append(batch, &row, most_bytes, &bytes))
+			break;
+	}
+	sqlite3_reset(statement);
+	return code == SQLITE_ROW || code == SQLITE_DONE ? SQLITE_OK : code;
+}
+
+enum spool_result spool_read(struct spool *spool, int64_t after, struct batch *batch, size_t most_count,
+                             size_t most_bytes, char *error, size_t error_size)
+{
+	enum spool_result result = SPOOL_OK;
+	bool again;
+	if (!is_attached(spool, error, error_size))
+		return SPOOL_FAILED;
+	do {
+		struct damaged_rows damaged = {.count = 0};
+		size_t seen = 0;
+		int code = read_rows(spool, after, batch, most_count, most_bytes, &damaged, &seen);
+		/* There should be some: the tree above the rows is damaged. */
+		if (code == SQLITE_OK && seen == 0 && after == 0 && atomic_load(&spool->messages) > 0)
+			code = SQLITE_CORRUPT;
+		if (code != SQLITE_OK)
+			result = give_up(spool, "read", code, error, error_size);
+		else if (damaged.count > 0)
+			result = set_aside(spool, &damaged, error, error_size);
+		again = result == SPOOL_OK && batch->count == 0 && damaged.count == DAMAGED_AT_ONCE;
+		if (again)
+			after = damaged.rows[damaged.count - 1];
+	} while (again);
+	if (result != SPOOL_OK)
+		batch_reset(batch);
+	return result;
+}
+
+/* ---- removing ---- */
+
+/* The next run of settled messages from *index on whose rows follow each other, at most `most`. False: none. */
+static bool next_range(const struct batch *batch, size_t *index, int64_t most, int64_t *first, int64_t *last)
+{
+	const struct batch_message *messages = batch->messages;
+	while (*index < batch->count && (messages[*index].outcome == BATCH_OPEN || messages[*index].row <= 0))
+		++*index;
+	if (*index == batch->count)
+		return false;
+	*first = *last = messages[(*index)++].row;
+	for (; *index < batch->count && messages[*index].outcome != BATCH_OPEN && messages[*index].row == *last + 1 &&
+	       *last - *first + 1 < most;
+	     ++*index)
+		++*last;
+	return true;
+}
+
+/* Delete, from *index on, up to `most` messages in one transaction. */
+static int remove_some(struct spool *spool, const struct batch *batch, size_t *index, int64_t most)
+{
+	int64_t first, last, left = most, messages = (int64_t)atomic_load(&spool->messages);
+	int code = run(spool, BEGIN);
+	while (code == SQLITE_OK && left > 0 && next_range(batch, index, left, &first, &last)) {
+		sqlite3_bind_int64(spool->statements[REMOVE], 1, first);
+		sqlite3_bind_int64(spool->statements[REMOVE], 2, last);
+		code = run(spool, REMOVE);
+		left -= last - first + 1;
+		messages -= sqlite3_changes(spool->database);
+	}
+	messages = largest(messages, 0);
+	if (code == SQLITE_OK)
+		code = write_tally(spool, messages, spool->next_row);
+	if (code == SQLITE_OK)
+		code = run(spool, COMMIT);
+	if (code == SQLITE_OK)
+		atomic_store(&spool->messages, (uint64_t)messages);
+	return code;
+}
+
+/* Delete a few at a time, each within the reserve. *full: not even that fits. */
+static int remove_bit_by_bit(struct spool *spool, const struct batch *batch, bool *full)
+{
+	size_t index = 0;
+	bool fits = true;
+	int code = SQLITE_OK;
+	while (code == SQLITE_OK && fits && index < batch->count) {
+		code = find_room(spool, reserve_of(spool) / FRAME_BYTES, 0, 0, &fits);
+		if (code == SQLITE_OK && fits)
+			code = remove_some(spool, batch, &index, FEW_ROWS);
+	}
+	*full = !fits;
+	return code;
+}
+
+enum spool_result spool_remove(struct spool *spool, const struct batch *batch, char *error, size_t error_size)
+{
+	struct footprint footprint = {0};
+	size_t index = 0;
+	bool at_once, full = false;
+	if (!is_attached(spool, error, error_size))
+		return SPOOL_FAILED;
+	for (size_t i = 0; i < batch->count; i++) {
+		struct spool_row row = spool_row_of(batch, &batch->messages[i], 0);
+		add_to_footprint(&footprint, &row);
+	}
+	int code = find_room(spool, count_frames(&footprint) + footprint.leaves, 0, 0, &at_once);
+	if (code == SQLITE_OK)
+		code = at_once ? remove_some(spool, batch, &index, INT64_MAX) : remove_bit_by_bit(spool, batch, &full);
+	if (code == SQLITE_OK)
+		code = refresh_oldest(spool);
+	if (code != SQLITE_OK)
+		return give_up(spool, "remove from", code, error, error_size);
+	if (full)
+		return refuse(spool, 0, error, error_size);
+	if (atomic_load(&spool->messages) == 0)
+		shrink(spool);
+	if (spool->database != NULL)
+		tidy_wal(spool);
+	note_bytes(spool);
+	return SPOOL_OK;
+}
+
+/* ---- testing ---- */
+
+/* Whether what was refused last would be taken now; when nothing is left to be removed there is no use in waiting. */
+static int has_room(struct spool *spool, bool *fits)
+{
+	struct statvfs disk;
+	int64_t quarter = (int64_t)atomic_load(&spool->max_size) / 4 / FRAME_BYTES;
+	int64_t frames = spool->refused > quarter ? quarter : spool->refused;
+	*fits = true;
+	if (frames == 0 || atomic_load(&spool->messages) == 0)
+		return SQLITE_OK;
+	int code = find_room(spool, frames, frames, reserve_of(spool), fits);
+	if (*fits && statvfs(spool->directory, &disk) == 0)
+		*fits = (int64_t)disk.f_bavail * (int64_t)disk.f_frsize >= frames * FRAME_BYTES;
+	return code;
+}
+
+enum spool_result spool_test(struct spool *spool, char *error, size_t error_size)
+{
+	bool fits = true;
+	enum spool_result result = spool->database == NULL ? attach(spool, error, error_size) : SPOOL_OK;
+	if (result != SPOOL_OK)
+		return result;
+	int code = has_room(spool, &fits);
+	if (code == SQLITE_OK && !fits)
+		return refuse(spool, spool->refused, error, error_size);
+	if (code == SQLITE_OK)
+		code = run(spool, TEST);
+	if (code != SQLITE_OK)
+		return give_up(spool, "write to", code, error, error_size);
+	spool->refused = 0;
+	tidy_wal(spool);
+	note_bytes(spool);
+	return SPOOL_OK;
+}
+
+void spool_status(const struct spool *spool, struct spool_status *status)
+{
+	*status = (struct spool_status){
+	    .messages = atomic_load(&spool->messages),
+	    .bytes = atomic_load(&spool->bytes),
+	    .oldest_ms = atomic_load(&spool->oldest_ms),
+	    .max_size = atomic_load(&spool->max_size),
+	};
+}
