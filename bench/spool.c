@@ -35,7 +35,7 @@ static void fill(struct batch *batch, size_t count, const char *payload, size_t 
 	                               .qos = 1};
 	batch_reset(batch);
 	for (size_t i = 0; i < count; i++)
-		batch_add(batch, &message, 1024 * 1024, 1700000000000);
+		batch_add(batch, &message, (size_t)1024 * 1024, 1700000000000);
 }
 
 int main(int argc, char **argv)

@@ -56,6 +56,7 @@ missing_packages() {
 	library libcjson libcjson-dev
 	library openssl libssl-dev
 	library sqlite3 libsqlite3-dev
+	library libmicrohttpd libmicrohttpd-dev
 	pkg-config --exists mongoc2 2>/dev/null || library libmongoc-1.0 libmongoc-dev
 	library cmocka libcmocka-dev
 	[ -n "${MQTT2MONGO_MOSQUITTO:-}" ] || tool mosquitto mosquitto

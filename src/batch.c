@@ -42,7 +42,23 @@ static size_t keep_digest(struct buffer *arena, const void *bytes, size_t length
 	return offset;
 }
 
-void batch_add(struct batch *batch, const struct mqtt_message *received, size_t max_payload, int64_t received_at)
+static void keep_properties(struct batch *batch, struct batch_message *message, const struct mqtt_message *received,
+                            const struct id_rule *rule)
+{
+	message->properties = batch->arena.length;
+	for (size_t i = 0; i < rule->count; i++) {
+		if (rule->parts[i].kind != ID_PROPERTY)
+			continue;
+		char *value = mqtt_user_property(received, rule->parts[i].name);
+		if (value != NULL)
+			id_keep_property(&batch->arena, rule->parts[i].name, value);
+		free(value);
+	}
+	message->properties_length = (uint32_t)(batch->arena.length - message->properties);
+}
+
+void batch_add(struct batch *batch, const struct mqtt_message *received, const struct id_rule *rule, size_t max_payload,
+               int64_t received_at)
 {
 	struct batch_message *message = append_message(batch);
 	size_t kept = received->payload_length;
@@ -54,6 +70,8 @@ void batch_add(struct batch *batch, const struct mqtt_message *received, size_t 
 	}
 	message->topic = keep_bytes(&batch->arena, received->topic, received->topic_length);
 	message->payload = keep_bytes(&batch->arena, received->payload, kept);
+	if (rule->property_count > 0)
+		keep_properties(batch, message, received, rule);
 	message->topic_length = (uint32_t)received->topic_length;
 	message->payload_length = (uint32_t)kept;
 	message->full_length = (uint32_t)received->payload_length;
@@ -74,6 +92,9 @@ void batch_restore(struct batch *batch, const struct batch_record *record)
 	}
 	message->topic = keep_bytes(&batch->arena, record->topic, record->topic_length);
 	message->payload = keep_bytes(&batch->arena, record->payload, record->payload_length);
+	if (record->properties_length > 0)
+		message->properties = keep_bytes(&batch->arena, record->properties, record->properties_length);
+	message->properties_length = record->properties_length;
 	message->topic_length = record->topic_length;
 	message->payload_length = record->payload_length;
 	message->full_length = record->full_length;

@@ -9,6 +9,7 @@
 #define MQTT2MONGO_BATCH_H
 
 #include "buffer.h"
+#include "id.h"
 #include "mqtt.h"
 
 #include <bson/bson.h>
@@ -27,19 +28,23 @@ enum batch_outcome {
 };
 
 struct batch_message {
-	size_t topic;   /* offset in the arena; NUL-terminated */
-	size_t payload; /* offset in the arena; NUL-terminated beyond its length */
-	size_t digest;  /* offset in the arena, when oversized */
+	size_t topic;      /* offset in the arena; NUL-terminated */
+	size_t payload;    /* offset in the arena; NUL-terminated beyond its length */
+	size_t digest;     /* offset in the arena, when oversized */
+	size_t properties; /* offset in the arena of the user properties that are kept, as id_keep_property() writes
+	                      them */
 	uint32_t topic_length;
 	uint32_t payload_length; /* bytes kept */
 	uint32_t full_length;    /* bytes received */
-	bson_oid_t id;           /* the document's _id, fixed here so that a second attempt meets itself */
-	int64_t received_at;     /* wall clock, ms since 1970 */
-	int64_t row;             /* in the spool, when it came from there; else 0 */
+	uint32_t properties_length;
+	bson_oid_t id;       /* the document's _id, fixed here so that a second attempt meets itself */
+	int64_t received_at; /* wall clock, ms since 1970 */
+	int64_t row;         /* in the spool, when it came from there; else 0 */
 	uint8_t qos;
 	bool retain, dup;
 	bool oversized;   /* above consumer.max_payload */
 	bool tried;       /* an attempt to store it came before, whose outcome is not known; set by the worker */
+	bool id_fallback; /* consumer.id wants an _id from the message, which has none; set by the worker */
 	bool settled;     /* durable and counted; set by the loop thread, and then no job touches the message */
 	uint8_t outcome;  /* enum batch_outcome; set by the worker */
 	uint8_t refusals; /* errors of unknown meaning for this document alone; counted by the worker */
@@ -63,6 +68,8 @@ struct batch_record {
 	uint32_t payload_length; /* bytes kept */
 	uint32_t full_length;    /* bytes received */
 	const uint8_t *digest;   /* BATCH_DIGEST_BYTES when it was oversized, else NULL */
+	const void *properties;  /* the batch's bytes for them, opaque */
+	uint32_t properties_length;
 	bson_oid_t id;
 	int64_t received_at;
 	int64_t row;
@@ -72,9 +79,11 @@ struct batch_record {
 
 /*
  * Append a copy of `received`. Of a payload above `max_payload` bytes only the first BATCH_TRUNCATED_BYTES are kept,
- * with the length and the SHA-256 of the whole. `received_at`: ms since 1970. Loop thread.
+ * with the length and the SHA-256 of the whole. Of its user properties those are kept that `rule` names.
+ * `received_at`: ms since 1970. Loop thread.
  */
-void batch_add(struct batch *batch, const struct mqtt_message *received, size_t max_payload, int64_t received_at);
+void batch_add(struct batch *batch, const struct mqtt_message *received, const struct id_rule *rule, size_t max_payload,
+               int64_t received_at);
 
 /* Append a message as it was received earlier. Any thread that owns the batch. */
 void batch_restore(struct batch *batch, const struct batch_record *record);
@@ -105,6 +114,11 @@ static inline const char *batch_topic(const struct batch *batch, const struct ba
 static inline const char *batch_payload(const struct batch *batch, const struct batch_message *message)
 {
 	return (const char *)batch->arena.data + message->payload;
+}
+
+static inline const char *batch_properties(const struct batch *batch, const struct batch_message *message)
+{
+	return (const char *)batch->arena.data + message->properties;
 }
 
 #endif

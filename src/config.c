@@ -117,6 +117,9 @@ const struct config_entry config_entries[] = {
      .help = "collection for messages"},
     {.key = "consumer.dead_letter", .type = CONFIG_TYPE_TEXT, .initial = "dead_letter", AT(consumer.dead_letter),
      .help = "collection for messages that are no JSON or that MongoDB refuses, byte for byte and with the reason"},
+    {.key = "consumer.id", .type = CONFIG_TYPE_LIST, .initial = "objectid", AT(consumer.id_parts),
+     .help = "what makes a document's _id: objectid, a new one for each delivery, or a list of parts of the message, of "
+             "which each is topic, a JSON pointer into the payload as in /id, or user-property:NAME"},
     {.key = "consumer.workers", .type = CONFIG_TYPE_INTEGER, .initial = "2", .least = "1", .most = "64",
      AT(consumer.workers),
      .help = "threads that convert and store batches"},
@@ -130,9 +133,9 @@ const struct config_entry config_entries[] = {
      AT(consumer.batch_bytes),
      .initial_note = "8MiB, or consumer.max_payload if that is more",
      .help = "the most bytes of topics and payloads stored and acknowledged together"},
-    {.key = "consumer.qos0.topic", .type = CONFIG_TYPE_TEXT, AT(consumer.qos0_topic),
+    {.key = "consumer.qos0_topic", .type = CONFIG_TYPE_TEXT, AT(consumer.qos0_topic),
      .help = "a second topic filter, subscribed at QoS 0 on a connection of its own, for messages that may be lost"},
-    {.key = "consumer.qos0.buffer", .type = CONFIG_TYPE_SIZE, .initial = "16MiB", .least = "64KiB", .most = "1GiB",
+    {.key = "consumer.qos0_buffer", .type = CONFIG_TYPE_SIZE, .initial = "16MiB", .least = "64KiB", .most = "1GiB",
      AT(consumer.qos0_buffer),
      .help = "the most memory for such messages while they wait for MongoDB; what comes beyond it is dropped and counted"},
 
@@ -168,6 +171,9 @@ const struct config_entry config_entries[] = {
     {.key = "spool.linger", .type = CONFIG_TYPE_DURATION, .initial = "0s", .least = "0s", .most = "10s",
      AT(spool.linger_ms),
      .help = "wait this long for more messages before each write to the spool; spares flash memory at low rates"},
+
+    {.key = "http.listen", .type = CONFIG_TYPE_TEXT, .initial = "off", AT(http.listen),
+     .help = "address and port for /metrics, /healthz, /readyz and /status.json, as in 127.0.0.1:9641; there is no password"},
 
     {.key = "state_dir", .type = CONFIG_TYPE_TEXT, AT(state_dir),
      .initial_note = "$STATE_DIRECTORY, /var/lib/mqtt2mongo if writable, or ~/.local/state/mqtt2mongo",
@@ -283,6 +289,10 @@ static void store(struct config *config, const struct config_entry *entry, const
 	case CONFIG_TYPE_CONCERN:
 		memory_wipe_free(*(char **)place);
 		*(char **)place = memory_string(value->text);
+		break;
+	case CONFIG_TYPE_LIST:
+		config_list_finish(place);
+		free(config_list_parse(value->text, place)); /* it was checked */
 		break;
 	}
 	if (entry->set_offset != 0)
@@ -419,7 +429,9 @@ static void read_file_flag(struct config_loader *loader, struct arguments *argum
 static void read_action(struct config_loader *loader, enum config_action action)
 {
 	if (loader->action != CONFIG_RUN && loader->action != action)
-		config_error(loader, "--check and --dry-run exclude each other, give one of them");
+		config_error(loader,
+		             "--check, --dry-run, --spool-status and --spool-export exclude each other, give one of "
+		             "them");
 	loader->action = action;
 }
 
@@ -456,6 +468,10 @@ static void read_argument(struct config_loader *loader, struct arguments *argume
 		read_action(loader, CONFIG_CHECK);
 	else if (strcmp(argument, "--dry-run") == 0)
 		read_action(loader, CONFIG_DRY_RUN);
+	else if (strcmp(argument, "--spool-status") == 0)
+		read_action(loader, CONFIG_SPOOL_STATUS);
+	else if (strcmp(argument, "--spool-export") == 0)
+		read_action(loader, CONFIG_SPOOL_EXPORT);
 	else
 		unknown_argument(loader, arguments, argument, length);
 }
@@ -498,6 +514,8 @@ static void require_role(struct config_loader *loader)
 {
 	if (loader->config->role != CONFIG_ROLE_NONE || config_is_set(loader, "role"))
 		return;
+	if (loader->action == CONFIG_SPOOL_STATUS || loader->action == CONFIG_SPOOL_EXPORT)
+		return;
 	config_error(loader, "no role is given, say what this process shall do, for example one of:\n"
 	                     "  mqtt2mongo --role publisher --mqtt-host localhost\n"
 	                     "  mqtt2mongo --role consumer --mqtt-host localhost --mongodb-uri "
@@ -537,9 +555,14 @@ enum config_action config_load(struct config *config, int argc, char **argv, cha
 
 void config_finish(struct config *config)
 {
-	for (size_t i = 0; i < config_entry_count; i++)
+	for (size_t i = 0; i < config_entry_count; i++) {
+		void *place = (char *)config + config_entries[i].offset;
 		if (is_text(&config_entries[i]))
-			memory_wipe_free(*(char **)((char *)config + config_entries[i].offset));
+			memory_wipe_free(*(char **)place);
+		else if (config_entries[i].type == CONFIG_TYPE_LIST)
+			config_list_finish(place);
+	}
+	id_rule_finish(&config->consumer.id);
 	free(config->file);
 	*config = (struct config){0};
 }

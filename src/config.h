@@ -8,6 +8,7 @@
 #ifndef MQTT2MONGO_CONFIG_H
 #define MQTT2MONGO_CONFIG_H
 
+#include "id.h"
 #include "log.h"
 
 #include <stdbool.h>
@@ -27,10 +28,12 @@ enum config_status { CONFIG_STATUS_AUTO, CONFIG_STATUS_ON, CONFIG_STATUS_OFF };
 /* What the command line asks for. */
 enum config_action {
 	CONFIG_RUN,
-	CONFIG_CHECK,   /* --check: lint, then try broker and database */
-	CONFIG_DRY_RUN, /* --dry-run: print documents, store and acknowledge nothing */
-	CONFIG_PRINTED, /* --help, --version, …: already printed to standard output, exit 0 */
-	CONFIG_INVALID, /* already said on standard error, exit 2 */
+	CONFIG_CHECK,        /* --check: lint, then try broker and database */
+	CONFIG_DRY_RUN,      /* --dry-run: print documents, store and acknowledge nothing */
+	CONFIG_SPOOL_STATUS, /* --spool-status: print how much the spool holds */
+	CONFIG_SPOOL_EXPORT, /* --spool-export: print its messages */
+	CONFIG_PRINTED,      /* --help, --version, …: already printed to standard output, exit 0 */
+	CONFIG_INVALID,      /* already said on standard error, exit 2 */
 };
 
 struct config_tls {
@@ -67,16 +70,24 @@ struct config_mongodb {
 	    write_timeout_set; /* set by the user: then the key beats the URI; else the URI beats the default */
 };
 
+/* A list of texts, owned. */
+struct config_list {
+	char **items;
+	size_t count;
+};
+
 struct config_consumer {
 	char *topic; /* filter */
 	int qos;     /* 0 to 2; 2 is subscribed as 1 */
 	char *collection, *dead_letter;
-	int workers;         /* 1 to 64 */
-	int64_t max_payload; /* bytes, up to 15 MiB */
-	int64_t batch_count; /* messages */
-	int64_t batch_bytes; /* topic + payload bytes */
-	char *qos0_topic;    /* filter, or NULL */
-	int64_t qos0_buffer; /* bytes */
+	struct config_list id_parts; /* as they were written */
+	struct id_rule id;           /* made of them; zeroed: ObjectIds */
+	int workers;                 /* 1 to 64 */
+	int64_t max_payload;         /* bytes, up to 15 MiB */
+	int64_t batch_count;         /* messages */
+	int64_t batch_bytes;         /* topic + payload bytes */
+	char *qos0_topic;            /* filter, or NULL */
+	int64_t qos0_buffer;         /* bytes */
 };
 
 struct config_publisher {
@@ -97,6 +108,13 @@ struct config_spool {
 	int64_t linger_ms; /* wait this long for more messages before each commit */
 };
 
+struct config_http {
+	char *listen;     /* "off", or ADDRESS:PORT as it is written */
+	bool enabled;     /* the rest is set */
+	char address[46]; /* a literal IPv4 or IPv6 address */
+	int port;         /* 1 to 65535 */
+};
+
 struct config {
 	enum config_role role;
 	struct config_mqtt mqtt;
@@ -104,6 +122,7 @@ struct config {
 	struct config_consumer consumer;
 	struct config_publisher publisher;
 	struct config_spool spool;
+	struct config_http http;
 	char *state_dir; /* resolved; the directory may not exist yet */
 	int64_t shutdown_timeout_ms;
 	enum log_level log_level;

@@ -9,6 +9,7 @@
 #include "memory.h"
 #include "utf8.h"
 
+#include <arpa/inet.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <stdlib.h>
@@ -227,6 +228,18 @@ static void check_identity(struct config_loader *loader)
 	}
 }
 
+static void settle_id(struct config_loader *loader)
+{
+	struct config_consumer *consumer = &loader->config->consumer;
+	char *fault =
+	    id_rule_parse(&consumer->id, (const char *const *)consumer->id_parts.items, consumer->id_parts.count);
+	complain(loader, "consumer.id", fault);
+	if (consumer->id.property_count > 0 && loader->config->mqtt.protocol != 5)
+		complain(loader, "consumer.id",
+		         "MQTT 3.1.1 has no user properties, take another part or set mqtt.protocol to \"5\"");
+	free(fault);
+}
+
 static void check_consumer(struct config_loader *loader)
 {
 	struct config_consumer *consumer = &loader->config->consumer;
@@ -239,7 +252,7 @@ static void check_consumer(struct config_loader *loader)
 		complain(loader, "consumer.dead_letter",
 		         "is the same as consumer.collection, dead letters need a collection of their own");
 	if (consumer->qos0_topic != NULL)
-		complain(loader, "consumer.qos0.topic",
+		complain(loader, "consumer.qos0_topic",
 		         consumer->qos == 0 ? "has no effect with consumer.qos 0, which takes consumer.topic that way"
 		         : strcmp(consumer->qos0_topic, consumer->topic) == 0
 		             ? "is the same as consumer.topic, every message would be stored twice"
@@ -368,6 +381,57 @@ static void settle_spool(struct config_loader *loader)
 		complain(loader, "spool.max_size", "is less than 1MiB; write 0 for no spool");
 }
 
+/* The port behind the address, or 0. */
+static int parse_port(const char *text)
+{
+	size_t digits = strspn(text, "0123456789");
+	if (digits == 0 || digits > 5 || text[digits] != '\0')
+		return 0;
+	int port = atoi(text);
+	return port <= 65535 ? port : 0;
+}
+
+/* What is wrong with "ADDRESS:PORT", or NULL; the address is without brackets then. */
+static const char *split_listen(const char *listen, struct config_http *http)
+{
+	struct in6_addr binary;
+	const char *colon = strrchr(listen, ':');
+	bool brackets = listen[0] == '[';
+	if (strstr(listen, "://") != NULL)
+		return "is a URL, write address and port only, as in 127.0.0.1:9641";
+	if (colon == NULL || colon == listen || (http->port = parse_port(colon + 1)) == 0)
+		return "must be off, or an address and a port from 1 to 65535, as in 127.0.0.1:9641 or [::1]:9641";
+	size_t length = (size_t)(colon - listen);
+	if (brackets && listen[length - 1] != ']')
+		return "has no ] before the port, write an IPv6 address as in [::1]:9641";
+	if (!brackets && memchr(listen, ':', length) != NULL)
+		return "write an IPv6 address in brackets, as in [::1]:9641";
+	snprintf(http->address, sizeof http->address, "%.*s", (int)(brackets ? length - 2 : length),
+	         listen + (brackets ? 1 : 0));
+	if (strcmp(http->address, "localhost") == 0)
+		snprintf(http->address, sizeof http->address, "127.0.0.1");
+	if (inet_pton(brackets ? AF_INET6 : AF_INET, http->address, &binary) != 1)
+		return "needs an address of this machine, not a name: 127.0.0.1 for this machine only, 0.0.0.0 or [::] "
+		       "for "
+		       "everybody, as in 127.0.0.1:9641";
+	return NULL;
+}
+
+static void check_http(struct config_loader *loader)
+{
+	struct config_http *http = &loader->config->http;
+	if (strcmp(http->listen, "off") == 0)
+		return;
+	const char *fault = split_listen(http->listen, http);
+	complain(loader, "http.listen", fault);
+	http->enabled = fault == NULL;
+	if (http->enabled && strncmp(http->address, "127.", 4) != 0 && strcmp(http->address, "::1") != 0)
+		config_warning(loader,
+		               "%s: whoever reaches this address can read the figures, there is neither a password nor "
+		               "TLS; 127.0.0.1:%d serves this machine only",
+		               config_place(loader, "http.listen"), http->port);
+}
+
 void config_check(struct config_loader *loader)
 {
 	struct config *config = loader->config;
@@ -379,8 +443,10 @@ void config_check(struct config_loader *loader)
 	check_identity(loader);
 	check_write_concern(loader);
 	check_consumer(loader);
+	settle_id(loader);
 	check_publisher_topic(loader);
 	settle_state_dir(loader);
 	settle_spool(loader);
+	check_http(loader);
 	config_check_uri(loader);
 }

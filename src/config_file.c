@@ -164,11 +164,28 @@ static enum config_kind kind_of(const cJSON *item)
 	                              : CONFIG_KIND_NULL;
 }
 
-/* The value as text: a string's contents, else the literal as it stands in the file. Allocated. */
+/* The length of the array at `text`, with its brackets. It is valid JSON. */
+static size_t array_length(const char *text)
+{
+	size_t at = 0, length = strlen(text);
+	for (int depth = 0; at < length; at++) {
+		if (text[at] == '"')
+			at = string_end(text, at, length);
+		else if (text[at] == '[')
+			depth++;
+		else if (text[at] == ']' && --depth == 0)
+			return at + 1;
+	}
+	return length;
+}
+
+/* The value as text: a string's contents, else the literal or array as it stands in the file. Allocated. */
 static char *text_of(const cJSON *item, const struct key *key)
 {
 	if (cJSON_IsString(item))
 		return memory_string(item->valuestring);
+	if (cJSON_IsArray(item))
+		return memory_format("%.*s", (int)array_length(key->value), key->value);
 	return memory_format("%.*s", (int)strcspn(key->value, " \t\r\n,}]{["), key->value);
 }
 

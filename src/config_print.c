@@ -9,6 +9,7 @@
 
 #include <mongoc/mongoc.h>
 #include <mosquitto.h>
+#include <sqlite3.h>
 #include <stdlib.h>
 #include <string.h>
 #include <uv.h>
@@ -27,6 +28,12 @@ static const struct {
      "as in {\"mqtt\": {\"host\": \"broker\"}}; file names in it are relative to the current directory"},
     {"--check", "check the settings, then try broker and database and say what would be done"},
     {"--dry-run", "print documents instead of storing them; acknowledge nothing"},
+    {"--spool-status",
+     "print how many messages the spool holds, how large it is and how old the oldest is; also beside a "
+     "running service"},
+    {"--spool-export",
+     "print the messages of the spool, one line of canonical extended JSON each, and leave them there; "
+     "also beside a running service"},
     {"--version", "print the version, also of the libraries"},
     {"-h, --help", "print this text"},
     {"--man", "print the manual page: mqtt2mongo --man | man -l -"},
@@ -65,6 +72,8 @@ static const char *placeholder(const struct config_entry *entry)
 		return "SIZE";
 	case CONFIG_TYPE_RATE:
 		return "RATE";
+	case CONFIG_TYPE_LIST:
+		return "LIST";
 	default:
 		return "TEXT";
 	}
@@ -265,8 +274,8 @@ void config_print_version(FILE *output)
 {
 	int major, minor, revision;
 	mosquitto_lib_version(&major, &minor, &revision);
-	fprintf(output, "mqtt2mongo %s\nlibuv %s\nlibmosquitto %d.%d.%d\nlibmongoc %s\n", MQTT2MONGO_VERSION,
-	        uv_version_string(), major, minor, revision, mongoc_get_version());
+	fprintf(output, "mqtt2mongo %s\nlibuv %s\nlibmosquitto %d.%d.%d\nlibmongoc %s\nsqlite %s\n", MQTT2MONGO_VERSION,
+	        uv_version_string(), major, minor, revision, mongoc_get_version(), sqlite3_libversion());
 	if (MQTT2MONGO_GATE_OPEN)
 		fputs("WARNING: THIS BUILD ACKNOWLEDGES MESSAGES BEFORE THEY ARE STORED AND LOSES THEM IN A CRASH.\n"
 		      "It exists for tests only; build with -Dgate=closed.\n",

@@ -29,6 +29,8 @@ enum config_type {
 	CONFIG_TYPE_CHOICE,   /* one of config_entry.choices, as int */
 	CONFIG_TYPE_TEXT,     /* char *, owned by struct config */
 	CONFIG_TYPE_CONCERN,  /* the same, but a number is allowed too */
+	CONFIG_TYPE_LIST, /* struct config_list: in the file an array of strings, or the default as a string; elsewhere
+	                     the text of such an array, or its strings between commas */
 };
 
 struct config_choice {
@@ -88,7 +90,7 @@ struct config_value {
 	double rate;
 	uint64_t seed;
 	bool yes;         /* booleans; for a seed: true unless "random" */
-	const char *text; /* borrowed */
+	const char *text; /* borrowed; for a list as config_list_parse() takes it */
 };
 
 /* One line on loader->errors; an error makes the configuration invalid. */
@@ -111,6 +113,9 @@ const char *config_environment(const struct config_loader *loader, const char *n
 /* config_value.c: NULL and `value` filled, or what is wrong, allocated. Secrets are never quoted in it. */
 char *config_value_parse(const struct config_entry *entry, enum config_kind kind, const char *text,
                          struct config_value *value);
+/* The texts of a list, of which config_list_finish() frees the memory. NULL, or what is wrong, allocated. */
+char *config_list_parse(const char *text, struct config_list *list);
+void config_list_finish(struct config_list *list);
 /* The text in quotes, control characters escaped, long text cut, credentials of URLs hidden. Allocated. */
 char *config_quote(const char *text);
 

@@ -7,6 +7,8 @@
 #define _GNU_SOURCE
 #include "config_table.h"
 
+#include "buffer.h"
+#include "json.h"
 #include "memory.h"
 
 #include <ctype.h>
@@ -15,7 +17,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { QUOTE_LIMIT = 60 };
+enum { QUOTE_LIMIT = 60, LIST_LIMIT = 1 << 20 };
 
 struct unit {
 	const char *name;
@@ -199,6 +201,92 @@ static char *parse_amount(const struct config_entry *entry, enum config_kind kin
 	return error;
 }
 
+void config_list_finish(struct config_list *list)
+{
+	for (size_t i = 0; i < list->count; i++)
+		free(list->items[i]);
+	free(list->items);
+	*list = (struct config_list){0};
+}
+
+static void list_add(struct config_list *list, const char *text, size_t length)
+{
+	list->items = memory_resize(list->items, (list->count + 1) * sizeof *list->items);
+	list->items[list->count++] = memory_format("%.*s", (int)length, text);
+}
+
+static char *add_array_items(bson_iter_t *item, struct config_list *list)
+{
+	while (bson_iter_next(item)) {
+		uint32_t length;
+		if (!BSON_ITER_HOLDS_UTF8(item))
+			return memory_string("is a list with something else than texts in quotes");
+		const char *text = bson_iter_utf8(item, &length);
+		if (strlen(text) != length)
+			return memory_string("holds a NUL character (\\u0000), take it out");
+		list_add(list, text, length);
+	}
+	return NULL;
+}
+
+/* The JSON text of an array of strings. */
+static char *parse_array(const char *text, struct config_list *list)
+{
+	struct buffer bytes = {0};
+	struct json_fault fault;
+	char *error = NULL;
+	bson_iter_t iter, item;
+	size_t start = 4, length = strlen(text);
+	buffer_extend(&bytes, start); /* of the document around it */
+	if (json_to_bson(text, length, "list", LIST_LIMIT, &bytes, &fault) != JSON_OK) {
+		error = memory_format("is no list in JSON, as in [\"topic\", \"/id\"]: %s at byte %zu", fault.message,
+		                      fault.offset);
+	} else {
+		buffer_append_byte(&bytes, 0);
+		for (size_t i = 0; i < start; i++)
+			bytes.data[i] = (uint8_t)(bytes.length >> (8 * i));
+		if (bson_iter_init_from_data(&iter, bytes.data, bytes.length) && bson_iter_next(&iter) &&
+		    bson_iter_recurse(&iter, &item))
+			error = add_array_items(&item, list);
+	}
+	buffer_finish(&bytes);
+	return error;
+}
+
+char *config_list_parse(const char *text, struct config_list *list)
+{
+	*list = (struct config_list){0};
+	char *error = NULL;
+	if (text[strspn(text, " \t\r\n")] == '[') {
+		error = parse_array(text, list);
+	} else {
+		list_add(list, text, strcspn(text, ","));
+		while ((text = strchr(text, ',')) != NULL) {
+			text++;
+			list_add(list, text, strcspn(text, ","));
+		}
+	}
+	if (error != NULL)
+		config_list_finish(list);
+	return error;
+}
+
+/* A string in the file is the default's name: one item must be a list too, so that a second can join it. */
+static char *parse_list(const struct config_entry *entry, enum config_kind kind, const char *text)
+{
+	if (kind == CONFIG_KIND_STRING && strcmp(text, entry->initial) != 0) {
+		char *given = config_quote(text);
+		char *error =
+		    memory_format("%s is neither \"%s\" nor a list, write [%s]", given, entry->initial, given);
+		free(given);
+		return error;
+	}
+	struct config_list list;
+	char *error = config_list_parse(text, &list);
+	config_list_finish(&list);
+	return error;
+}
+
 static char *parse_by_type(const struct config_entry *entry, enum config_kind kind, const char *text,
                            struct config_value *value)
 {
@@ -216,6 +304,9 @@ static char *parse_by_type(const struct config_entry *entry, enum config_kind ki
 	case CONFIG_TYPE_CONCERN:
 		value->text = text;
 		return NULL;
+	case CONFIG_TYPE_LIST:
+		value->text = text;
+		return parse_list(entry, kind, text);
 	default:
 		return parse_amount(entry, kind, text, value);
 	}
@@ -256,6 +347,8 @@ static const char *wrong_kind(enum config_type type, enum config_kind kind)
 		return number ? NULL : "a whole number, without quotes";
 	case CONFIG_TYPE_TEXT:
 		return string ? NULL : "a text in quotes";
+	case CONFIG_TYPE_LIST:
+		return string || kind == CONFIG_KIND_ARRAY ? NULL : "a list of texts in quotes, as in [\"a\", \"b\"]";
 	case CONFIG_TYPE_DURATION:
 	case CONFIG_TYPE_SECONDS:
 		return string || number ? NULL : DURATION_FORM.words;

@@ -70,7 +70,7 @@ struct delivery {
 	bool refusing;      /* messages were handed back: no more before MongoDB answers */
 	unsigned handbacks; /* in a row, without everything stored in between */
 
-	struct log_repeat complaint;
+	struct log_repeat complaint, fallback;
 	uv_work_t disconnect;
 	bool stopping, closing;
 	void (*stopped)(void *owner);
@@ -243,6 +243,13 @@ static void count_open(struct metrics_consumer *counters, const struct delivery_
 	}
 }
 
+static void say_fallback(struct delivery *delivery)
+{
+	log_repeat(&delivery->fallback, LOG_LEVEL_WARN, "consumer",
+	           "a message without a usable id (consumer.id) is stored under an ObjectId: delivered twice, it is "
+	           "stored twice");
+}
+
 /* Count what has its outcome. Returns how many messages have none. No job may hold the batch. */
 static size_t count_settled(struct delivery_parcel *parcel)
 {
@@ -254,8 +261,11 @@ static size_t count_settled(struct delivery_parcel *parcel)
 			continue;
 		message->settled = message->outcome != BATCH_OPEN;
 		open += !message->settled;
-		if (message->settled)
-			metrics_count_outcome(counters, message);
+		if (!message->settled)
+			continue;
+		metrics_count_outcome(counters, message);
+		if (message->id_fallback && message->outcome == BATCH_STORED)
+			say_fallback(parcel->delivery);
 	}
 	return open;
 }
@@ -267,6 +277,8 @@ static void report(struct delivery_parcel *parcel, size_t open)
 	size_t durable = parcel->batch.count - open, bytes = delivery_bytes(parcel);
 	if (open > 0)
 		count_open(delivery->counters, parcel);
+	else
+		metrics_observe(&delivery->counters->store_latency, (uv_hrtime() - parcel->submitted_at) / 1000);
 	parcel->reported = true;
 	parcel->sender = NULL;
 	delivery->under_way--;

@@ -21,6 +21,7 @@ enum {
 
 enum {
 	PREVIEW_CHARACTERS = 120,
+	OBJECT_ID_ELEMENT = 1 + sizeof "_id" + 12,
 	ENVELOPE_TAIL = 128, /* more than received_at, qos, retain, dup and the closing byte take */
 };
 
@@ -88,8 +89,8 @@ static void put_binary_element(struct buffer *out, const char *name, const void 
 	buffer_append(out, bytes, length);
 }
 
-/* A topic as MQTT wants it: UTF-8 without NUL (MQTT 5 §1.5.4). */
-static bool is_topic(const char *text, size_t length)
+/* A text as MQTT wants it: UTF-8 without NUL (MQTT 5 §1.5.4). */
+static bool is_text(const char *text, size_t length)
 {
 	for (size_t at = 0; at < length;) {
 		size_t step = text[at] != 0 ? utf8_character((const uint8_t *)text + at) : 0;
@@ -151,6 +152,8 @@ const char *document_reason_name(enum document_reason reason)
 		return "refused_by_mongodb";
 	case DOCUMENT_UNIQUE_INDEX:
 		return "unique_index";
+	case DOCUMENT_ID_CONFLICT:
+		return "id_conflict";
 	default:
 		return json_code_name((enum json_code)reason);
 	}
@@ -162,13 +165,51 @@ static bool refuse(struct document_fault *fault, int reason, const char *text, s
 	return false;
 }
 
-bool document_build(const struct batch *batch, const struct batch_message *message, struct buffer *out,
-                    struct document_fault *fault)
+/* Put `length` bytes where the ObjectId element of the document at `start` is. */
+static void replace_id(struct buffer *out, size_t start, const uint8_t *element, size_t length)
+{
+	size_t id = start + 4, behind = id + OBJECT_ID_ELEMENT, rest = out->length - behind;
+	if (length > OBJECT_ID_ELEMENT)
+		buffer_extend(out, length - OBJECT_ID_ELEMENT);
+	memmove(out->data + id + length, out->data + behind, rest);
+	memcpy(out->data + id, element, length);
+	out->length = id + length + rest;
+	put_uint32_at(out->data + start, (uint32_t)(out->length - start));
+}
+
+/* Give the document at `start`, complete with its ObjectId, the _id that the rule makes of the message, if it has one.
+ * False when the document would become too large. */
+static bool apply_rule(const struct id_rule *rule, const struct batch *batch, const struct batch_message *message,
+                       struct buffer *out, size_t start)
+{
+	struct id_source source = {
+	    .topic = batch_topic(batch, message),
+	    .topic_length = message->topic_length,
+	    .document = out->data + start,
+	    .document_length = out->length - start,
+	    .properties = batch_properties(batch, message),
+	    .properties_length = message->properties_length,
+	};
+	bson_t id;
+	bson_init(&id);
+	bool fits = true;
+	if (id_build(rule, &source, &id)) {
+		size_t length = id.len - 5; /* without its own length and closing byte */
+		fits = out->length - start - OBJECT_ID_ELEMENT + length <= DOCUMENT_MAX_BYTES;
+		if (fits)
+			replace_id(out, start, bson_get_data(&id) + 4, length);
+	}
+	bson_destroy(&id);
+	return fits;
+}
+
+bool document_build(const struct batch *batch, const struct batch_message *message, const struct id_rule *rule,
+                    struct buffer *out, struct document_fault *fault)
 {
 	const char *topic = batch_topic(batch, message);
 	if (message->oversized)
 		return refuse(fault, DOCUMENT_PAYLOAD_SIZE, "payload above consumer.max_payload", 0);
-	if (!is_topic(topic, message->topic_length))
+	if (!is_text(topic, message->topic_length))
 		return refuse(fault, DOCUMENT_TOPIC_UTF8, "topic is not UTF-8", 0);
 
 	size_t start = open_document(out);
@@ -183,7 +224,27 @@ bool document_build(const struct batch *batch, const struct batch_message *messa
 	}
 	put_delivery(out, message);
 	close_document(out, start);
+	if (rule->count > 0 && !apply_rule(rule, batch, message, out, start)) {
+		out->length = start;
+		return refuse(fault, JSON_TOO_LARGE, "the document with its _id would be too large",
+		              message->payload_length);
+	}
 	return true;
+}
+
+/* The user properties that were kept; they are text unless the broker let something else through. */
+static void put_properties(struct buffer *out, const struct batch *batch, const struct batch_message *message)
+{
+	const char *at = batch_properties(batch, message), *end = at + message->properties_length, *name, *value;
+	put_name(out, BSON_DOCUMENT_TYPE, "user_properties");
+	size_t properties = open_document(out);
+	while (id_next_property(&at, end, &name, &value)) {
+		if (is_text(value, strlen(value)))
+			put_string_element(out, name, value, strlen(value));
+		else
+			put_binary_element(out, name, value, strlen(value));
+	}
+	close_document(out, properties);
 }
 
 void document_dead_letter(const struct batch *batch, const struct batch_message *message,
@@ -206,6 +267,8 @@ void document_dead_letter(const struct batch *batch, const struct batch_message 
 
 	put_delivery(out, message);
 	put_escaped_element(out, "route", route, strlen(route), strlen(route));
+	if (message->properties_length > 0)
+		put_properties(out, batch, message);
 	if (batch_is_cut(message)) {
 		put_bool_element(out, "truncated", true);
 		put_int64_element(out, "length", message->full_length);

@@ -4,7 +4,11 @@
  *
  *   stored:      { _id, topic, payload: <the JSON, typed>, received_at, qos, retain, dup }
  *   dead letter: { _id, topic, payload: Binary, preview, reason: { code, message, offset }, received_at, qos, retain,
- *                  dup, route }   and, where the payload was too large to keep whole, length and sha256
+ *                  dup, route }   and, where the payload was too large to keep whole, length and sha256; where
+ *                  consumer.id names user properties, user_properties with those the message had
+ *
+ * The _id of a stored document is made from the message when consumer.id says so and the message has what it takes. In
+ * all other cases, and for every dead letter, it is the ObjectId that the message got when it was received.
  */
 #ifndef MQTT2MONGO_DOCUMENT_H
 #define MQTT2MONGO_DOCUMENT_H
@@ -20,6 +24,7 @@ enum document_reason {
 	DOCUMENT_PAYLOAD_SIZE,                    /* above consumer.max_payload */
 	DOCUMENT_REFUSED,                         /* MongoDB refuses this document */
 	DOCUMENT_UNIQUE_INDEX,                    /* another document holds the value of a unique index */
+	DOCUMENT_ID_CONFLICT,                     /* another message is stored under the _id made from this one */
 	DOCUMENT_REASONS                          /* how many there are */
 };
 
@@ -33,10 +38,18 @@ struct document_fault {
 const char *document_reason_name(enum document_reason reason);
 
 /*
- * Append the stored document of `message` to `out`. Returns true, or false with `out` as it was and `fault` filled.
+ * Append the stored document of `message` to `out`, its _id by `rule`. Returns true, or false with `out` as it was and
+ * `fault` filled.
  */
-bool document_build(const struct batch *batch, const struct batch_message *message, struct buffer *out,
-                    struct document_fault *fault);
+bool document_build(const struct batch *batch, const struct batch_message *message, const struct id_rule *rule,
+                    struct buffer *out, struct document_fault *fault);
+
+/* Whether the _id of a document that document_build() wrote, which is its first element, is the ObjectId: nothing in a
+ * message becomes one. */
+static inline bool document_has_object_id(const uint8_t *document)
+{
+	return document[4] == BSON_TYPE_OID;
+}
 
 /* Append the dead letter of `message` to `out`. `route` names the topic filter it came by. */
 void document_dead_letter(const struct batch *batch, const struct batch_message *message,

@@ -103,7 +103,8 @@ static void on_subscribed(void *owner, int reason)
 static void on_message(void *owner, const struct mqtt_message *message)
 {
 	struct inspection *inspection = owner;
-	batch_add(&inspection->batch, message, (size_t)inspection->config->consumer.max_payload, clock_wall_ms());
+	const struct config_consumer *config = &inspection->config->consumer;
+	batch_add(&inspection->batch, message, &config->id, (size_t)config->max_payload, clock_wall_ms());
 }
 
 static void print_document(const struct buffer *bytes, const char *collection)
@@ -121,7 +122,7 @@ static void print_message(struct inspection *inspection, const struct batch_mess
 	const struct config_consumer *config = &inspection->config->consumer;
 	struct document_fault fault;
 	buffer_reset(&inspection->document, SIZE_MAX);
-	if (document_build(&inspection->batch, message, &inspection->document, &fault)) {
+	if (document_build(&inspection->batch, message, &config->id, &inspection->document, &fault)) {
 		inspection->documents++;
 		print_document(&inspection->document, config->collection);
 		return;
@@ -190,15 +191,15 @@ static int inspect_database(const struct config *config)
 	char text[160], concern[128];
 	char *uri = config_redact_uri(config->mongodb.uri);
 	bool answers = store_describe(store, text, sizeof text, &report);
-	bool may_insert = answers && store_may_insert(store, config->consumer.collection) &&
-	                  store_may_insert(store, config->consumer.dead_letter);
+	bool may_write = answers && store_may_write(store);
 	store_write_concern_text(store, concern, sizeof concern);
-	if (answers && !may_insert)
-		printf("database  failed: %s, %s, but the user may not insert into %s.%s and %s.%s; it needs the role "
-		       "readWrite on "
-		       "%s\n",
+	if (answers && !may_write)
+		printf("database  failed: %s, %s, but the user may not insert into %s.%s and %s.%s%s; it needs the "
+		       "role readWrite on %s\n",
 		       uri, text, config->mongodb.database, config->consumer.collection, config->mongodb.database,
-		       config->consumer.dead_letter, config->mongodb.database);
+		       config->consumer.dead_letter,
+		       config->consumer.id.count > 0 ? ", or not read the first, which consumer.id asks for" : "",
+		       config->mongodb.database);
 	else if (answers)
 		printf("database  ok: %s, %s\n", uri, text);
 	else
@@ -208,7 +209,7 @@ static int inspect_database(const struct config *config)
 	       config->consumer.dead_letter, concern);
 	free(uri);
 	store_destroy(store);
-	return may_insert ? 0 : 1;
+	return may_write ? 0 : 1;
 }
 
 int inspect_check(const struct config *config)
@@ -223,6 +224,8 @@ int inspect_check(const struct config *config)
 	if (config->role & CONFIG_ROLE_PUBLISHER)
 		printf("would     publish to %s, %g messages a second at QoS %d\n", config->publisher.topic,
 		       config->publisher.rate, config->publisher.qos);
+	if (config->http.enabled)
+		printf("would     answer /metrics, /healthz, /readyz and /status.json on %s\n", config->http.listen);
 	int database = config->role & CONFIG_ROLE_CONSUMER ? inspect_database(config) : 0;
 	return broker != 0 || database != 0 ? 1 : 0;
 }

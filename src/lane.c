@@ -40,6 +40,7 @@ struct lane {
 	uv_timer_t linger;
 
 	bool started;          /* lane_go() was called */
+	bool up;               /* connected and subscribed, and counted so */
 	unsigned unsubscribes; /* of this connection, not yet answered */
 	bool tidy;             /* the handler has heard that nothing stale is left */
 	unsigned quiet;        /* in a row, of a session left behind */
@@ -175,9 +176,16 @@ static void on_up(void *owner, const struct mqtt_granted *granted)
 		uv_timer_start(&lane->silence, silent, QUIET_MS, 0);
 }
 
+static void note_down(struct lane *lane)
+{
+	lane->counters->connections_up -= lane->up;
+	lane->up = false;
+}
+
 static void on_down(void *owner)
 {
 	struct lane *lane = owner;
+	note_down(lane);
 	uv_timer_stop(&lane->silence);
 	close_batch(lane); /* read just before the connection went */
 	if (lane->pending == 0)
@@ -203,12 +211,14 @@ static void on_message(void *owner, const struct mqtt_message *message)
 		lane->filling = delivery_take(lane->delivery, &lane->sender);
 	struct batch *batch = &lane->filling->batch;
 	batch->route = lane->filter;
-	batch_add(batch, message, (size_t)config->max_payload, clock_wall_ms());
+	batch_add(batch, message, &config->id, (size_t)config->max_payload, clock_wall_ms());
 	lane->quiet = 0;
 	lane->pending++;
-	lane->pending_bytes += message->topic_length + message->payload_length;
+	lane->pending_bytes +=
+	    message->topic_length + message->payload_length + batch->messages[batch->count - 1].properties_length;
 	lane->counters->received++;
 	lane->counters->redelivered += message->dup;
+	lane->counters->received_qos0 += message->qos == 0;
 	if (batch->count * BATCHES_PER_ROUND >= (size_t)config->batch_count ||
 	    batch->arena.length * BATCHES_PER_ROUND >= (size_t)config->batch_bytes)
 		close_batch(lane);
@@ -252,6 +262,8 @@ static void on_subscribed(void *owner, int reason)
 		log_warn("consumer", "the broker grants %s only at QoS %d: messages may be lost on the way",
 		         lane->filter, reason);
 	log_info("consumer", "subscribed to %s at QoS %d", lane->filter, reason);
+	lane->counters->connections_up += !lane->up;
+	lane->up = true;
 	lane->handler.subscribed(lane->owner);
 }
 
@@ -327,6 +339,7 @@ struct lane *lane_create(uv_loop_t *loop, const struct lane_options *options, co
 	lane->filter = options->filter;
 	lane->stale = copy_list(options->stale);
 	lane->hold_ms = hold_limit(0);
+	lane->counters->connections += options->filter != NULL;
 	lane->sender = (struct delivery_sender){.settled = on_settled, .spools = true};
 	uv_timer_t *timers[] = {&lane->hold, &lane->linger, &lane->silence};
 	for (size_t i = 0; i < sizeof timers / sizeof *timers; i++)
@@ -362,6 +375,7 @@ static void handle_closed(uv_handle_t *handle)
 	struct lane *lane = handle->data;
 	if (--lane->handles > 0)
 		return;
+	lane->counters->connections -= lane->filter != NULL;
 	lane->stopped(lane->owner, lane);
 	for (char **filter = lane->stale; *filter != NULL; filter++)
 		free(*filter);
@@ -375,6 +389,7 @@ static void mqtt_closed(void *owner)
 	struct lane *lane = owner;
 	uv_timer_t *timers[] = {&lane->hold, &lane->linger, &lane->silence};
 	lane->mqtt = NULL;
+	note_down(lane);
 	for (size_t i = 0; i < sizeof timers / sizeof *timers; i++) {
 		timers[i]->data = lane;
 		uv_close((uv_handle_t *)timers[i], handle_closed);

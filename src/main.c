@@ -4,6 +4,7 @@
 #include "inspect.h"
 #include "log.h"
 #include "service.h"
+#include "spool.h"
 
 #include <malloc.h>
 #include <signal.h>
@@ -73,6 +74,12 @@ int main(int argc, char **argv)
 		break;
 	case CONFIG_DRY_RUN:
 		exit_code = inspect_dry_run(&config);
+		break;
+	case CONFIG_SPOOL_STATUS:
+		exit_code = spool_print_status(&config.spool, config.log_format == LOG_FORMAT_JSON);
+		break;
+	case CONFIG_SPOOL_EXPORT:
+		exit_code = spool_export(&config.spool);
 		break;
 	case CONFIG_PRINTED:
 		break;

@@ -30,6 +30,7 @@ void metrics_count_outcome(struct metrics_consumer *consumer, const struct batch
 	switch ((enum batch_outcome)message->outcome) {
 	case BATCH_STORED:
 		consumer->stored++;
+		consumer->id_fallbacks += message->id_fallback;
 		break;
 	case BATCH_DUPLICATE:
 		consumer->duplicates++;
@@ -51,6 +52,51 @@ uint64_t metrics_in_flight(const struct metrics_consumer *consumer)
 uint64_t metrics_unacknowledged(const struct metrics_publisher *publisher)
 {
 	return publisher->generated - publisher->acked - publisher->failed;
+}
+
+void metrics_observe(struct metrics_histogram *histogram, uint64_t microseconds)
+{
+	int bucket = 0;
+	for (uint64_t limit = METRICS_FIRST_US; microseconds > limit && bucket < METRICS_BUCKETS; limit *= 2)
+		bucket++;
+	histogram->counts[bucket]++;
+	histogram->sum_us += microseconds;
+}
+
+uint64_t metrics_observations(const struct metrics_histogram *histogram)
+{
+	return metrics_total(histogram->counts, METRICS_BUCKETS + 1);
+}
+
+/* Forget the slices that are older than a minute by now. */
+static void turn_slices(struct metrics_loop *loop, uint64_t slice)
+{
+	if (slice >= loop->slice + METRICS_SLICES)
+		loop->slice = slice - METRICS_SLICES;
+	while (loop->slice < slice)
+		loop->slices_us[++loop->slice % METRICS_SLICES] = 0;
+}
+
+void metrics_loop_turn(struct metrics_loop *loop, uint64_t busy_us, uint64_t now_ms)
+{
+	turn_slices(loop, now_ms / METRICS_SLICE_MS);
+	uint64_t *newest = &loop->slices_us[loop->slice % METRICS_SLICES];
+	if (busy_us > *newest)
+		*newest = busy_us;
+	if (busy_us > loop->longest_iteration_us)
+		loop->longest_iteration_us = busy_us;
+	loop->iterations++;
+}
+
+uint64_t metrics_loop_recent(const struct metrics_loop *loop, uint64_t now_ms)
+{
+	struct metrics_loop now = *loop;
+	uint64_t longest = 0;
+	turn_slices(&now, now_ms / METRICS_SLICE_MS);
+	for (int i = 0; i < METRICS_SLICES; i++)
+		if (now.slices_us[i] > longest)
+			longest = now.slices_us[i];
+	return longest;
 }
 
 static void add(cJSON *object, const char *name, uint64_t value)
@@ -78,6 +124,17 @@ static const char *cause_name(int cause)
 	return cause_names[cause];
 }
 
+const char *metrics_cause_name(enum metrics_cause cause)
+{
+	return cause_names[cause];
+}
+
+const char *metrics_spool_name(enum metrics_spool state)
+{
+	static const char *const names[] = {"off", "ok", "full", "failed"};
+	return names[state];
+}
+
 static void add_consumer(cJSON *sums, const struct metrics_consumer *consumer)
 {
 	cJSON *object = cJSON_AddObjectToObject(sums, "consumer");
@@ -95,6 +152,8 @@ static void add_consumer(cJSON *sums, const struct metrics_consumer *consumer)
 	add_causes(object, "returned_by_cause", consumer->returned, METRICS_CAUSES, cause_name);
 	add(object, "truncated", consumer->truncated);
 	add(object, "redelivered", consumer->redelivered);
+	add(object, "id_fallbacks", consumer->id_fallbacks);
+	add(object, "received_qos0", consumer->received_qos0);
 	add(object, "batches", consumer->batches);
 	add(object, "largest_batch", consumer->largest_batch);
 }
@@ -110,8 +169,8 @@ static void add_publisher(cJSON *sums, const struct metrics_publisher *publisher
 	add(object, "no_subscribers", publisher->no_subscribers);
 }
 
-static cJSON *sums_tree(const struct metrics_consumer *consumer, const struct metrics_publisher *publisher,
-                        const struct metrics_loop *loop)
+cJSON *metrics_sums_tree(const struct metrics_consumer *consumer, const struct metrics_publisher *publisher,
+                         const struct metrics_loop *loop)
 {
 	cJSON *root = cJSON_CreateObject();
 	cJSON *sums = cJSON_AddObjectToObject(root, "sums");
@@ -159,7 +218,7 @@ static char *print_text(const cJSON *sums)
 char *metrics_sums(const struct metrics_consumer *consumer, const struct metrics_publisher *publisher,
                    const struct metrics_loop *loop, bool json)
 {
-	cJSON *root = sums_tree(consumer, publisher, loop);
+	cJSON *root = metrics_sums_tree(consumer, publisher, loop);
 	char *text;
 	if (json) {
 		char *printed = cJSON_PrintUnformatted(root);

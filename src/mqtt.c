@@ -72,7 +72,7 @@ struct mqtt {
 	void *owner;
 	char *client_id, *address;
 	const char *name;
-	bool clean_start, keep_client;
+	bool clean_start, keep_client, quiet;
 	bool ends_session; /* with its DISCONNECT */
 
 	enum state state;
@@ -116,6 +116,11 @@ static void finish_close(struct mqtt *mqtt);
 static void close_gracefully(struct mqtt *mqtt);
 static void read_burst(struct mqtt *mqtt);
 static void update_poll(struct mqtt *mqtt);
+
+static enum log_level level(const struct mqtt *mqtt, enum log_level usual)
+{
+	return mqtt->quiet ? LOG_LEVEL_DEBUG : usual;
+}
 
 /* ---- the end of a connection ---- */
 
@@ -170,7 +175,7 @@ static void fail(struct mqtt *mqtt, const char *why)
 	if (mqtt->state == UP && uv_now(mqtt->loop) - mqtt->up_at >= STABLE_MS)
 		mqtt->failures = 0;
 	mqtt->failures++;
-	log_repeat(&mqtt->complaint, LOG_LEVEL_WARN, "mqtt", "%s: %s: %s", mqtt->name, mqtt->address, why);
+	log_repeat(&mqtt->complaint, level(mqtt, LOG_LEVEL_WARN), "mqtt", "%s: %s: %s", mqtt->name, mqtt->address, why);
 	drop_connection(mqtt);
 	mqtt->state = IDLE;
 	if (mqtt->handler.down != NULL && !mqtt->closing)
@@ -414,15 +419,15 @@ static void read_granted(const struct mqtt *mqtt, int flags, const mosquitto_pro
 static void log_granted(const struct mqtt *mqtt, const struct mqtt_granted *granted)
 {
 	if (mqtt->config->protocol == 5)
-		log_info("mqtt",
-		         "%s: connected to %s as %s, MQTT 5%s: session %s, expires after %lld s, keepalive %d s, "
-		         "our receive maximum %d, the broker's %d",
-		         mqtt->name, mqtt->address, mqtt->client_id, mqtt->config->tls.enabled ? " over TLS" : "",
-		         granted->session_present ? "resumed" : "new", (long long)granted->session_expiry_s,
-		         granted->keepalive_s, mqtt->config->receive_maximum, granted->receive_maximum);
+		log_write(level(mqtt, LOG_LEVEL_INFO), "mqtt",
+		          "%s: connected to %s as %s, MQTT 5%s: session %s, expires after %lld s, keepalive %d s, "
+		          "our receive maximum %d, the broker's %d",
+		          mqtt->name, mqtt->address, mqtt->client_id, mqtt->config->tls.enabled ? " over TLS" : "",
+		          granted->session_present ? "resumed" : "new", (long long)granted->session_expiry_s,
+		          granted->keepalive_s, mqtt->config->receive_maximum, granted->receive_maximum);
 	else
-		log_info(
-		    "mqtt",
+		log_write(
+		    level(mqtt, LOG_LEVEL_INFO), "mqtt",
 		    "%s: connected to %s as %s, MQTT 3.1.1%s: session %s, keepalive %d s; how many messages may be "
 		    "unacknowledged and how long the session lasts is the broker's choice",
 		    mqtt->name, mqtt->address, mqtt->client_id, mqtt->config->tls.enabled ? " over TLS" : "",
@@ -470,6 +475,23 @@ static void on_disconnect(struct mosquitto *client, void *context, int reason, c
 		note_refusal(mqtt, "disconnected by the broker", reason);
 }
 
+char *mqtt_user_property(const struct mqtt_message *message, const char *name)
+{
+	const mosquitto_property *property = message->properties;
+	char *found, *value;
+	bool again = false;
+	while ((property = mosquitto_property_read_string_pair(property, MQTT_PROP_USER_PROPERTY, &found, &value,
+	                                                       again)) != NULL) {
+		bool wanted = strcmp(found, name) == 0;
+		free(found);
+		if (wanted)
+			return value;
+		free(value);
+		again = true;
+	}
+	return NULL;
+}
+
 static void on_message(struct mosquitto *client, void *context, const struct mosquitto_message *received,
                        const mosquitto_property *properties)
 {
@@ -499,6 +521,7 @@ static void on_message(struct mosquitto *client, void *context, const struct mos
 	    .qos = received->qos,
 	    .retain = received->retain,
 	    .dup = duplicate,
+	    .properties = properties,
 	};
 	mqtt->handler.message(mqtt->owner, &message);
 }
@@ -526,7 +549,7 @@ static void on_publish(struct mosquitto *client, void *context, int id, int reas
 	struct mqtt *mqtt = context;
 	mqtt->activity++;
 	if (mqtt->handler.published != NULL && !mqtt->closing)
-		mqtt->handler.published(mqtt->owner, reason);
+		mqtt->handler.published(mqtt->owner, id, reason);
 }
 
 /* ---- polling ---- */
@@ -945,8 +968,8 @@ static void connect_timed_out(uv_timer_t *timer)
 	switch (mqtt->state) {
 	case RESOLVING: /* the resolver's thread cannot be stopped, only waited for */
 		doom(mqtt, "name resolution did not answer within mqtt.connect_timeout");
-		log_repeat(&mqtt->complaint, LOG_LEVEL_WARN, "mqtt", "%s: %s: %s", mqtt->name, mqtt->address,
-		           mqtt->doomed);
+		log_repeat(&mqtt->complaint, level(mqtt, LOG_LEVEL_WARN), "mqtt", "%s: %s: %s", mqtt->name,
+		           mqtt->address, mqtt->doomed);
 		uv_cancel((uv_req_t *)&mqtt->resolve);
 		break;
 	case PROBING:
@@ -1010,6 +1033,7 @@ struct mqtt *mqtt_create(uv_loop_t *loop, const struct mqtt_options *options, co
 	mqtt->name = options->name;
 	mqtt->clean_start = options->clean_start;
 	mqtt->keep_client = options->keep_client;
+	mqtt->quiet = options->quiet;
 	uv_timer_init(loop, &mqtt->timer);
 	uv_timer_init(loop, &mqtt->keepalive);
 	mqtt->handles = 2;
@@ -1039,17 +1063,19 @@ void mqtt_unsubscribe(struct mqtt *mqtt, const char *filter)
 	mosquitto_unsubscribe_v5(mqtt->client, NULL, filter, NULL);
 }
 
-bool mqtt_publish(struct mqtt *mqtt, const char *topic, const void *payload, size_t length, int qos)
+int mqtt_publish(struct mqtt *mqtt, const char *topic, const void *payload, size_t length, int qos)
 {
+	int id = 0;
 	if (mqtt->state != UP || mqtt->closing)
-		return false;
+		return 0;
 	mqtt->queued++;
 	mqtt->phantom = false;
-	int result = mosquitto_publish_v5(mqtt->client, NULL, topic, (int)length, payload, qos, false, NULL);
-	if (result != MOSQ_ERR_SUCCESS)
-		log_repeat(&mqtt->complaint, LOG_LEVEL_WARN, "mqtt", "%s: cannot publish to %s: %s", mqtt->name, topic,
-		           mosquitto_strerror(result));
-	return result == MOSQ_ERR_SUCCESS;
+	int result = mosquitto_publish_v5(mqtt->client, &id, topic, (int)length, payload, qos, false, NULL);
+	if (result == MOSQ_ERR_SUCCESS)
+		return id;
+	log_repeat(&mqtt->complaint, LOG_LEVEL_WARN, "mqtt", "%s: cannot publish to %s: %s", mqtt->name, topic,
+	           mosquitto_strerror(result));
+	return 0;
 }
 
 uint64_t mqtt_generation(const struct mqtt *mqtt)

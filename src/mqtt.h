@@ -31,8 +31,12 @@ struct mqtt_message {
 	size_t payload_length;
 	int qos; /* as delivered: 0 or 1 */
 	bool retain;
-	bool dup; /* the broker had sent it before (MQTT 5 §3.3.1.1) */
+	bool dup;               /* the broker had sent it before (MQTT 5 §3.3.1.1) */
+	const void *properties; /* the library's; see mqtt_user_property() */
 };
+
+/* The value of the first user property of that name (MQTT 5 §3.3.2.3.7), allocated, or NULL when there is none. */
+char *mqtt_user_property(const struct mqtt_message *message, const char *name);
 
 /* What CONNACK granted. */
 struct mqtt_granted {
@@ -61,8 +65,9 @@ struct mqtt_handler {
 	/* SUBACK: the granted QoS, or a reason code ≥ 0x80. */
 	void (*subscribed)(void *owner, int reason);
 	void (*unsubscribed)(void *owner);
-	/* A published message is done: PUBACK or PUBCOMP (its reason code), or written (QoS 0, reason 0). */
-	void (*published)(void *owner, int reason);
+	/* The published message of that id is done: PUBACK or PUBCOMP (its reason code), or written (QoS 0, reason 0).
+	 */
+	void (*published)(void *owner, int id, int reason);
 };
 
 struct mqtt_options {
@@ -71,6 +76,7 @@ struct mqtt_options {
 	const char *name;                 /* for the log: "consumer", "publisher"; borrowed, static */
 	bool clean_start;                 /* a throwaway session, gone with the connection */
 	bool keep_client;                 /* keep unacknowledged published messages across reconnects */
+	bool quiet;                       /* of no importance: what happens to it is logged at level debug */
 };
 
 /* A connection, not yet connecting. The handler is copied; the owner is handed back to it. */
@@ -87,9 +93,10 @@ void mqtt_subscribe(struct mqtt *mqtt, const char *filter, int qos);
 
 void mqtt_unsubscribe(struct mqtt *mqtt, const char *filter);
 
-/* Queue a PUBLISH; call mqtt_flush() after the last of a burst. Returns false when it could not be taken: not
- * connected, or refused by the library (invalid topic, above the broker's maximum). QoS 0 to 2. */
-bool mqtt_publish(struct mqtt *mqtt, const char *topic, const void *payload, size_t length, int qos);
+/* Queue a PUBLISH; call mqtt_flush() after the last of a burst. Returns the message's id, 1 to 65535, by which
+ * handler->published names it, or 0 when it could not be taken: not connected, or refused by the library (invalid
+ * topic, above the broker's maximum). Ids come again once all others have been used. QoS 0 to 2. */
+int mqtt_publish(struct mqtt *mqtt, const char *topic, const void *payload, size_t length, int qos);
 
 /* Send what is queued, if the gate allows. */
 void mqtt_flush(struct mqtt *mqtt);

@@ -18,6 +18,7 @@ enum {
 	TICK_MOST_MS = 1000,
 	BLOCKED_MS = 20,     /* between two looks whether the broker takes messages again */
 	TOPIC_BYTES = 65536, /* MQTT 5 §1.5.4 */
+	IDS = 65536,         /* MQTT 5 §2.2.1 */
 };
 
 struct publisher {
@@ -36,6 +37,7 @@ struct publisher {
 	uint64_t settled;    /* of those: acknowledged or failed */
 	bool go, done, late;
 	bool alone_said, refused_said; /* once; the sums count the rest */
+	uint64_t *published_at;        /* hrtime by message id; 0: not under way. NULL: nobody wants to know */
 	bool stopping, closing;
 	void (*stopped)(void *owner);
 };
@@ -85,6 +87,21 @@ static uint64_t skip_late(struct publisher *publisher, uint64_t behind)
 	return most;
 }
 
+/* Ids come back in any order. */
+static void note_published(struct publisher *publisher, int id)
+{
+	if (publisher->published_at != NULL)
+		publisher->published_at[id] = uv_hrtime();
+}
+
+static void note_acknowledged(struct publisher *publisher, int id)
+{
+	if (publisher->published_at == NULL || publisher->published_at[id] == 0)
+		return;
+	metrics_observe(&publisher->counters->publish_latency, (uv_hrtime() - publisher->published_at[id]) / 1000);
+	publisher->published_at[id] = 0;
+}
+
 static void publish_one(struct publisher *publisher)
 {
 	const struct config_publisher *config = &publisher->config->publisher;
@@ -92,9 +109,13 @@ static void publish_one(struct publisher *publisher)
 	publisher->scheduled++;
 	publisher->generated++;
 	publisher->counters->generated++;
-	if (template_topic(config->topic, message.device, publisher->topic, TOPIC_BYTES) &&
-	    mqtt_publish(publisher->mqtt, publisher->topic, message.payload, message.length, config->qos))
+	int id = 0;
+	if (template_topic(config->topic, message.device, publisher->topic, TOPIC_BYTES))
+		id = mqtt_publish(publisher->mqtt, publisher->topic, message.payload, message.length, config->qos);
+	if (id != 0) {
+		note_published(publisher, id);
 		return;
+	}
 	publisher->counters->failed++;
 	publisher->settled++;
 }
@@ -173,12 +194,13 @@ static void on_down(void *owner)
 	mqtt_connect(publisher->mqtt);
 }
 
-static void on_published(void *owner, int reason)
+static void on_published(void *owner, int id, int reason)
 {
 	struct publisher *publisher = owner;
 	if (unacknowledged(publisher) == 0)
 		return; /* counted as failed when its connection went */
 	publisher->settled++;
+	note_acknowledged(publisher, id);
 	if (reason >= 0x80) {
 		publisher->counters->failed++;
 		if (!publisher->refused_said)
@@ -228,6 +250,8 @@ struct publisher *publisher_start(uv_loop_t *loop, const struct config *config, 
 	publisher->owner = owner;
 	publisher->template = template_create(config->publisher.devices, choose_seed(&config->publisher));
 	publisher->topic = memory_zeroed(1, TOPIC_BYTES);
+	if (config->http.enabled)
+		publisher->published_at = memory_zeroed(IDS, sizeof *publisher->published_at);
 	uv_timer_init(loop, &publisher->timer);
 	char *client_id = memory_format("%s-pub", state_client_id(state, config->mqtt.client_id));
 	struct mqtt_options options = {
@@ -251,6 +275,7 @@ static void timer_closed(uv_handle_t *handle)
 	void *owner = publisher->owner;
 	template_destroy(publisher->template);
 	free(publisher->topic);
+	free(publisher->published_at);
 	free(publisher);
 	stopped(owner);
 }
@@ -297,6 +322,11 @@ void publisher_hurry(struct publisher *publisher)
 		close_now(publisher);
 	else if (publisher->mqtt != NULL)
 		mqtt_close(publisher->mqtt, mqtt_closed);
+}
+
+bool publisher_is_up(const struct publisher *publisher)
+{
+	return publisher->mqtt != NULL && mqtt_is_up(publisher->mqtt);
 }
 
 const char *publisher_status(const struct publisher *publisher)

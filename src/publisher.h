@@ -37,6 +37,9 @@ void publisher_stop(struct publisher *publisher, void (*stopped)(void *owner));
 /* While stopping: wait no longer. */
 void publisher_hurry(struct publisher *publisher);
 
+/* Connected to the broker. */
+bool publisher_is_up(const struct publisher *publisher);
+
 /* For the status line: "publishing", "connecting", … Static. */
 const char *publisher_status(const struct publisher *publisher);
 

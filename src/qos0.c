@@ -28,6 +28,7 @@ struct qos0 {
 	size_t bytes;                    /* in them */
 	size_t held;                     /* messages that mqtt.c takes for held */
 	struct log_repeat overload, refusal;
+	bool up; /* connected and subscribed, and counted so */
 	bool stopping;
 	void (*stopped)(void *owner);
 };
@@ -63,9 +64,16 @@ static void on_up(void *owner, const struct mqtt_granted *granted)
 	mqtt_subscribe(qos0->mqtt, qos0->filter, 0);
 }
 
+static void note_down(struct qos0 *qos0)
+{
+	qos0->counters->connections_up -= qos0->up;
+	qos0->up = false;
+}
+
 static void on_down(void *owner)
 {
 	struct qos0 *qos0 = owner;
+	note_down(qos0);
 	qos0->held = 0;
 	mqtt_connect(qos0->mqtt);
 }
@@ -81,6 +89,8 @@ static void on_subscribed(void *owner, int reason)
 		return;
 	}
 	log_info("consumer", "subscribed to %s at QoS 0, whose messages may be lost", qos0->filter);
+	qos0->counters->connections_up += !qos0->up;
+	qos0->up = true;
 	qos0->subscribed(qos0->owner);
 }
 
@@ -104,10 +114,11 @@ static void on_message(void *owner, const struct mqtt_message *message)
 	struct qos0 *qos0 = owner;
 	qos0->held++;
 	qos0->counters->received++;
+	qos0->counters->received_qos0++;
 	if (is_overloaded(qos0, message)) {
 		qos0->counters->dropped[METRICS_OVERLOAD]++;
 		log_repeat(&qos0->overload, LOG_LEVEL_WARN, "consumer",
-		           "more QoS 0 messages on %s than MongoDB takes; what does not fit into consumer.qos0.buffer "
+		           "more QoS 0 messages on %s than MongoDB takes; what does not fit into consumer.qos0_buffer "
 		           "is dropped",
 		           qos0->filter);
 		return;
@@ -115,7 +126,8 @@ static void on_message(void *owner, const struct mqtt_message *message)
 	if (qos0->filling == NULL)
 		qos0->filling = delivery_take(qos0->delivery, &qos0->sender);
 	qos0->filling->batch.route = qos0->filter;
-	batch_add(&qos0->filling->batch, message, (size_t)qos0->config->consumer.max_payload, clock_wall_ms());
+	const struct config_consumer *config = &qos0->config->consumer;
+	batch_add(&qos0->filling->batch, message, &config->id, (size_t)config->max_payload, clock_wall_ms());
 	if (is_full(qos0))
 		submit(qos0);
 }
@@ -150,6 +162,7 @@ struct qos0 *qos0_create(uv_loop_t *loop, const struct qos0_options *options, vo
 	qos0->filter = options->filter;
 	qos0->subscribed = options->subscribed;
 	qos0->owner = owner;
+	qos0->counters->connections++;
 	qos0->sender = (struct delivery_sender){.settled = on_settled};
 	struct mqtt_options mqtt = {.config = &options->config->mqtt,
 	                            .client_id = options->client_id,
@@ -175,6 +188,7 @@ static void close_when_idle(struct qos0 *qos0)
 {
 	if (!qos0->stopping || qos0->mqtt != NULL || qos0->parcels > 0)
 		return;
+	qos0->counters->connections--;
 	void (*stopped)(void *) = qos0->stopped;
 	void *owner = qos0->owner;
 	free(qos0);
@@ -185,6 +199,7 @@ static void mqtt_closed(void *owner)
 {
 	struct qos0 *qos0 = owner;
 	qos0->mqtt = NULL;
+	note_down(qos0);
 	submit(qos0);
 	if (qos0->parcels > 0 && delivery_trouble(qos0->delivery) != NULL)
 		qos0_hurry(qos0);

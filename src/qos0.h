@@ -1,6 +1,6 @@
 /*
  * A connection for messages that may be lost: subscribed at QoS 0, with a throwaway session and no gate. What arrives
- * is stored as fast as MongoDB takes it; what waits is bounded by consumer.qos0.buffer, and what comes beyond is
+ * is stored as fast as MongoDB takes it; what waits is bounded by consumer.qos0_buffer, and what comes beyond is
  * dropped and counted. Nothing of it goes to the spool, so a flood here harms the messages of lane.h in no other way
  * than by the work it makes.
  *

@@ -2,7 +2,12 @@
 #define _GNU_SOURCE
 #include "service.h"
 
+#include "broker.h"
+#include "build.h"
+#include "clock.h"
 #include "consumer.h"
+#include "health.h"
+#include "http.h"
 #include "log.h"
 #include "memory.h"
 #include "publisher.h"
@@ -34,6 +39,8 @@ struct service {
 
 	struct consumer *consumer;
 	struct publisher *publisher;
+	struct http *http;                    /* NULL unless http.listen is set */
+	struct broker *broker;                /* the same */
 	unsigned to_stop;                     /* parts that are to stop, or stopping */
 	void (*parts_stopped)(void *context); /* when none of those runs any more, or NULL */
 	void *parts_context;
@@ -48,8 +55,9 @@ struct service {
 	struct metrics_loop lag;
 	uint64_t last_hrtime, last_idle;
 	uint64_t drain_since;
+	int64_t started_ms;                   /* wall clock */
 	uint64_t status_stored, status_acked; /* at the last status line */
-	bool stopping, hurried, finished;
+	bool stopping, hurried, finishing, finished;
 	int exit_code;
 };
 
@@ -61,13 +69,10 @@ static void finish_when_stopped(struct service *service);
 static void measure_iteration(uv_prepare_t *prepare)
 {
 	struct service *service = container_of(prepare, struct service, prepare);
-	uint64_t now = uv_hrtime(), idle = uv_metrics_idle_time(&service->loop);
-	if (service->last_hrtime != 0) {
-		uint64_t busy_us = (now - service->last_hrtime - (idle - service->last_idle)) / 1000;
-		if (busy_us > service->lag.longest_iteration_us)
-			service->lag.longest_iteration_us = busy_us;
-	}
-	service->lag.iterations++;
+	uint64_t now = uv_hrtime(), idle = uv_metrics_idle_time(&service->loop), busy_us = 0;
+	if (service->last_hrtime != 0)
+		busy_us = (now - service->last_hrtime - (idle - service->last_idle)) / 1000;
+	metrics_loop_turn(&service->lag, busy_us, now / 1000000);
 	service->last_hrtime = now;
 	service->last_idle = idle;
 }
@@ -114,6 +119,89 @@ static void show_status(uv_timer_t *timer)
 			         (unsigned long long)counters->spool_messages, (double)counters->spool_bytes / MIB);
 	}
 	log_status(text);
+}
+
+/* ---- what http.listen tells ---- */
+
+static const char *const http_paths[] = {"/metrics", "/healthz", "/readyz", "/status.json", NULL};
+
+static uint64_t cpu_us(void)
+{
+	uv_rusage_t used;
+	if (uv_getrusage(&used) != 0)
+		return 0;
+	return (uint64_t)(used.ru_utime.tv_sec + used.ru_stime.tv_sec) * 1000000 +
+	       (uint64_t)(used.ru_utime.tv_usec + used.ru_stime.tv_usec);
+}
+
+/* The connections that ought to be there. `connections` has room for three. */
+static int list_connections(const struct service *service, struct metrics_connection *connections)
+{
+	const struct metrics_consumer *counters = &service->consumer_counters;
+	int count = 0;
+	if (service->consumer != NULL)
+		connections[count++] = (struct metrics_connection){
+		    "consumer", counters->connections > 0 && counters->connections_up == counters->connections};
+	if (service->publisher != NULL)
+		connections[count++] = (struct metrics_connection){"publisher", publisher_is_up(service->publisher)};
+	if (service->broker != NULL)
+		connections[count++] = (struct metrics_connection){"sys", broker_is_up(service->broker)};
+	return count;
+}
+
+static void answer_http(void *owner, const char *path, struct http_answer *answer)
+{
+	const struct service *service = owner;
+	struct metrics_connection connections[3];
+	size_t resident = 0;
+	uv_resident_set_memory(&resident);
+	struct health health = {
+	    .view = {.version = MQTT2MONGO_VERSION,
+	             .now_ms = clock_wall_ms(),
+	             .started_ms = service->started_ms,
+	             .consumer = service->consumer_ran ? &service->consumer_counters : NULL,
+	             .publisher = service->publisher_ran ? &service->publisher_counters : NULL,
+	             .loop = &service->lag,
+	             .loop_recent_us = metrics_loop_recent(&service->lag, uv_hrtime() / 1000000),
+	             .connections = connections,
+	             .connection_count = list_connections(service, connections),
+	             .broker_dropped = service->broker != NULL ? broker_dropped(service->broker) : NULL,
+	             .resident_bytes = resident,
+	             .cpu_us = cpu_us()},
+	    .consumer_status = service->consumer != NULL ? consumer_status(service->consumer) : NULL,
+	    .publisher_status = service->publisher != NULL ? publisher_status(service->publisher) : NULL,
+	    .stopping = service->stopping,
+	    .consumer_stopping = service->consumer_stopping,
+	    .publisher_stopping = service->publisher_stopping,
+	};
+	bool ready = true;
+	answer->content_type = "application/json";
+	if (strcmp(path, "/metrics") == 0) {
+		answer->content_type = "text/plain; version=0.0.4; charset=utf-8";
+		answer->text = metrics_prometheus(&health.view);
+	} else if (strcmp(path, "/readyz") == 0) {
+		answer->text = health_readiness(&health, &ready);
+	} else if (strcmp(path, "/status.json") == 0) {
+		answer->text = health_status(&health);
+	} else {
+		answer->text = memory_string("{\"status\":\"ok\"}\n"); /* the loop turns, or nobody would say so */
+	}
+	answer->status = ready ? 200 : 503;
+}
+
+static bool start_http(struct service *service, char *error, size_t error_size)
+{
+	static const struct http_handler handler = {.paths = http_paths, .answer = answer_http};
+	const struct config *config = service->config;
+	if (!config->http.enabled)
+		return true;
+	service->http =
+	    http_start(&service->loop, config->http.address, config->http.port, &handler, service, error, error_size);
+	if (service->http == NULL)
+		return false;
+	service->broker = broker_start(&service->loop, &config->mqtt,
+	                               state_client_id(service->state, config->mqtt.client_id), service);
+	return true;
 }
 
 static bool wants_status(const struct service *service)
@@ -284,12 +372,32 @@ static void close_handle(uv_handle_t *handle, void *context)
 		uv_close(handle, NULL);
 }
 
-static void finish_when_stopped(struct service *service)
+static void broker_stopped(void *owner)
 {
-	if (!service->stopping || service->finished || service->publisher != NULL || service->consumer != NULL)
-		return;
+	struct service *service = owner;
+	service->broker = NULL;
+	finish_when_stopped(service);
+}
+
+static void http_stopped(void *owner)
+{
+	struct service *service = owner;
+	service->http = NULL;
 	service->finished = true;
 	uv_walk(&service->loop, close_handle, NULL); /* only the service's own are left */
+}
+
+/* Whoever watches may do so to the end: http goes last. */
+static void finish_when_stopped(struct service *service)
+{
+	if (!service->stopping || service->finishing || service->publisher != NULL || service->consumer != NULL ||
+	    service->broker != NULL)
+		return;
+	service->finishing = true;
+	if (service->http != NULL)
+		http_stop(service->http, http_stopped);
+	else
+		http_stopped(service);
 }
 
 static void shutdown_timed_out(uv_timer_t *timer)
@@ -321,6 +429,8 @@ void service_stop(struct service *service)
 	service->stopping = true;
 	uv_timer_stop(&service->drain);
 	uv_timer_start(&service->shutdown, shutdown_timed_out, (uint64_t)service->config->shutdown_timeout_ms, 0);
+	if (service->broker != NULL)
+		broker_stop(service->broker, broker_stopped);
 	service->to_stop = CONFIG_ROLE_BOTH;
 	stop_next(service);
 }
@@ -363,7 +473,7 @@ static void watch_signals(struct service *service)
 static void size_thread_pool(const struct config *config)
 {
 	char threads[16];
-	snprintf(threads, sizeof threads, "%d", config->consumer.workers + EXTRA_THREADS);
+	snprintf(threads, sizeof threads, "%d", config->consumer.workers + EXTRA_THREADS + config->http.enabled);
 	setenv("UV_THREADPOOL_SIZE", threads, 1);
 }
 
@@ -381,6 +491,7 @@ struct service *service_create(const struct config *config, char *error, size_t 
 	struct service *service = memory_zeroed(1, sizeof *service);
 	service->config = config;
 	service->state = state;
+	service->started_ms = clock_wall_ms();
 	size_thread_pool(config);
 	signal(SIGPIPE, SIG_IGN); /* the libraries write to sockets that may be gone */
 	mosquitto_lib_init();
@@ -392,15 +503,18 @@ struct service *service_create(const struct config *config, char *error, size_t 
 	uv_prepare_init(&service->loop, &service->prepare);
 	uv_prepare_start(&service->prepare, measure_iteration);
 	watch_signals(service);
-	return service;
+	if (start_http(service, error, error_size))
+		return service;
+	service_destroy(service);
+	return NULL;
 }
 
 void service_destroy(struct service *service)
 {
 	if (service == NULL)
 		return;
-	if (!service->finished) { /* never run: nothing but our own handles */
-		uv_walk(&service->loop, close_handle, NULL);
+	if (!service->finished) { /* never run: no part, at most http */
+		service_stop(service);
 		uv_run(&service->loop, UV_RUN_DEFAULT);
 	}
 	if (uv_loop_close(&service->loop) != 0) {

@@ -14,8 +14,9 @@
 
 struct service;
 
-/* `config` is borrowed until service_destroy(). No part runs yet. NULL with `error` filled when the state directory
- * cannot be used. Call before anything else has used libuv's thread pool: its size is set here. */
+/* `config` is borrowed until service_destroy(). No part runs yet, but http.listen answers as soon as
+ * the loop runs. NULL with `error` filled when the state directory cannot be used or http.listen is taken. Call before
+ * anything else has used libuv's thread pool: its size is set here. */
 struct service *service_create(const struct config *config, char *error, size_t error_size);
 
 /* Only after service_run() has returned, or was never called. NULL is allowed. */

@@ -67,11 +67,10 @@ enum {
 };
 #define LARGEST_DEFAULT ((int64_t)1024 * 1024 * 1024)
 
-static const char *const SCHEMA[] = {
-    "CREATE TABLE message (" SPOOL_COLUMN_TYPES ")",
-    "CREATE TABLE damaged (" SPOOL_COLUMN_TYPES ")",
-    "CREATE TABLE tally (messages INTEGER, next_row INTEGER, tests INTEGER)",
-};
+static const char MESSAGE_TABLE[] = "CREATE TABLE message (" SPOOL_COLUMN_TYPES ")";
+static const char DAMAGED_TABLE[] = "CREATE TABLE damaged (" SPOOL_COLUMN_TYPES ")";
+static const char TALLY_TABLE[] = "CREATE TABLE tally (messages INTEGER, next_row INTEGER, tests INTEGER)";
+static const char *const SCHEMA[] = {MESSAGE_TABLE, DAMAGED_TABLE, TALLY_TABLE};
 enum { TABLES = sizeof SCHEMA / sizeof *SCHEMA };
 
 /* The statements a connection keeps prepared. */
@@ -132,15 +131,34 @@ static bool is_damage(int code)
 	return code == SQLITE_CORRUPT || code == SQLITE_NOTADB || code == SQLITE_FORMAT;
 }
 
+static bool is_no_room(int reason)
+{
+	return reason == ENOSPC || reason == EDQUOT;
+}
+
+/* The errno of the last failure on the file or, `control` being SQLITE_FCNTL_JOURNAL_POINTER, on its WAL. */
+static int last_errno(sqlite3 *database, int control)
+{
+	sqlite3_file *file = NULL;
+	int reason = 0;
+	if (sqlite3_file_control(database, "main", control, &file) == SQLITE_OK && file != NULL &&
+	    file->pMethods != NULL)
+		file->pMethods->xFileControl(file, SQLITE_FCNTL_LAST_ERRNO, &reason);
+	return reason;
+}
+
+/* SQLite knows ENOSPC; for what else means that there is no room, errno may have changed since. */
 static bool is_full(sqlite3 *database, int code)
 {
-	int reason = database != NULL ? sqlite3_system_errno(database) : 0;
-	if ((code & 0xff) == SQLITE_FULL)
+	int kind = code & 0xff;
+	if (kind == SQLITE_FULL)
 		return true;
-	if (code == SQLITE_IOERR_FSYNC || code == SQLITE_IOERR_DIR_FSYNC)
+	if (code == SQLITE_IOERR_FSYNC || code == SQLITE_IOERR_DIR_FSYNC || database == NULL)
 		return false; /* whatever the reason is: what is on disk is not known */
-	return ((code & 0xff) == SQLITE_IOERR || (code & 0xff) == SQLITE_CANTOPEN) &&
-	       (reason == ENOSPC || reason == EDQUOT);
+	if ((kind == SQLITE_IOERR || kind == SQLITE_CANTOPEN) && is_no_room(sqlite3_system_errno(database)))
+		return true;
+	return code == SQLITE_IOERR_WRITE && (is_no_room(last_errno(database, SQLITE_FCNTL_FILE_POINTER)) ||
+	                                      is_no_room(last_errno(database, SQLITE_FCNTL_JOURNAL_POINTER)));
 }
 
 /* SQLite's words for an error, and the system's where there are some. */
@@ -318,7 +336,7 @@ static int empty_wal(struct spool *spool)
  */
 static int find_room(struct spool *spool, int64_t frames, int64_t added, int64_t kept, bool *fits)
 {
-	int64_t bytes, most = (int64_t)atomic_load(&spool->max_size) - kept;
+	int64_t bytes = 0, most = (int64_t)atomic_load(&spool->max_size) - kept;
 	int code = reckon(spool, frames, added, &bytes);
 	*fits = bytes <= most;
 	if (code != SQLITE_OK || *fits || size_of(spool->wal) == 0)
@@ -350,16 +368,17 @@ static void tidy_wal(struct spool *spool)
 	log_error("spool", "%s", error);
 }
 
-/* Give the disk back when the last message is gone. */
+/* Give the disk back when the last message is gone. Needs room for what is left, be it a few pages above the limit. */
 static void shrink(struct spool *spool)
 {
+	enum { FEW_PAGES = 16 };
 	int64_t pages, unused;
 	bool fits = false;
 	if (query_number(spool, PAGES, 0, &pages) != SQLITE_OK ||
-	    pages * SPOOL_PAGE + size_of(spool->wal) <= SHRUNK_BYTES)
-		return;
-	if (query_number(spool, FREE_PAGES, 0, &unused) != SQLITE_OK ||
-	    find_room(spool, pages - unused + FIXED_FRAMES, 0, 0, &fits) != SQLITE_OK || !fits)
+	    pages * SPOOL_PAGE + size_of(spool->wal) <= SHRUNK_BYTES ||
+	    query_number(spool, FREE_PAGES, 0, &unused) != SQLITE_OK ||
+	    find_room(spool, pages - unused + FIXED_FRAMES, 0, 0, &fits) != SQLITE_OK ||
+	    (!fits && pages - unused > FEW_PAGES))
 		return;
 	int code = sqlite3_exec(spool->database, "VACUUM", NULL, NULL, NULL);
 	if (code == SQLITE_OK)
@@ -667,7 +686,7 @@ static int connect_file(struct spool *spool, bool *full, char **text)
 		code = prepare(spool);
 	if (code == SQLITE_OK)
 		code = begin_use(spool, wal, wal_bytes);
-	if (code == SQLITE_OK && is_new && !sync_directory(spool))
+	if (code == SQLITE_OK && !sync_directory(spool))
 		code = SQLITE_IOERR_DIR_FSYNC;
 	/* Tables that are not ours, or not any more. */
 	if ((code & 0xff) == SQLITE_ERROR)
@@ -809,6 +828,8 @@ static bool put_in_place(struct spool *spool, char **aside)
 		*aside = memory_format("%s.corrupt-%s-%d", spool->path, time_text, i);
 	}
 	char *aside_wal = memory_format("%s-wal", *aside);
+	if (size_of(spool->wal) == 0)
+		unlink(spool->wal);
 	bool done = (rename(spool->path, *aside) == 0 || errno == ENOENT) &&
 	            (rename(spool->wal, aside_wal) == 0 || errno == ENOENT) &&
 	            (unlink(spool->index) == 0 || errno == ENOENT) && sync_directory(spool) &&
@@ -847,7 +868,8 @@ static bool recover(struct spool *spool, const char *reason)
 	char *recovered = memory_format("%s.recovered", spool->path), *aside = NULL;
 	int code = make_target(&recovery);
 	if (code == SQLITE_OK) {
-		copy_rows(&recovery);
+		if (size_of(spool->path) > 0) /* of an empty file SQLite would delete the WAL */
+			copy_rows(&recovery);
 		sqlite3_close_v2(recovery.source);
 		if (recovery.code == SQLITE_OK && recovery.recovered != recovery.expected)
 			search_pages(&recovery);
@@ -931,7 +953,7 @@ static enum spool_result attach(struct spool *spool, char *error, size_t error_s
 	int code = spool->damaged ? SQLITE_CORRUPT : connect_file(spool, &full, &reason);
 	if (spool->damaged) {
 		if (!recover(spool, reason)) {
-			bool no_room = errno == ENOSPC || errno == EDQUOT;
+			bool no_room = is_no_room(errno);
 			snprintf(error, error_size, "the spool %s is damaged (%s) and cannot be recovered: %s",
 			         spool->path, reason, strerror(errno));
 			free(reason);
@@ -1227,7 +1249,9 @@ static int remove_some(struct spool *spool, const struct batch *batch, size_t *i
 	return code;
 }
 
-/* Delete a few at a time, each within the reserve. *full: not even that fits. */
+/* Delete a few at a time, each within the reserve. *full: not even that fits, because of a reader beside or a full
+ * disk. Above a limit that was lowered since, what the WAL takes for a moment is allowed: there is no other way down.
+ */
 static int remove_bit_by_bit(struct spool *spool, const struct batch *batch, bool *full)
 {
 	size_t index = 0;
@@ -1235,6 +1259,7 @@ static int remove_bit_by_bit(struct spool *spool, const struct batch *batch, boo
 	int code = SQLITE_OK;
 	while (code == SQLITE_OK && fits && index < batch->count) {
 		code = find_room(spool, reserve_of(spool) / FRAME_BYTES, 0, 0, &fits);
+		fits |= spool->wal_frames == 0;
 		if (code == SQLITE_OK && fits)
 			code = remove_some(spool, batch, &index, FEW_ROWS);
 	}

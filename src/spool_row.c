@@ -36,10 +36,12 @@ struct spool_row spool_row_of(const struct batch *batch, const struct batch_mess
 		    .qos = message->qos,
 		    .retain = message->retain,
 		    .dup = message->dup,
-		    .tried = message->tried,
+		    .tried = true, /* maybe at this moment */
 		},
 	    .route = route,
 	    .route_length = strlen(route),
+	    .properties = message->properties_length > 0 ? batch_properties(batch, message) : NULL,
+	    .properties_length = message->properties_length,
 	};
 }
 
@@ -145,6 +147,8 @@ bool spool_row_take(sqlite3_stmt *statement, struct spool_row *row)
 	column++;
 	if (sqlite3_column_type(statement, column) != SQLITE_NULL)
 		row->properties = take_bytes(statement, column, &row->properties_length);
+	record->properties = row->properties;
+	record->properties_length = (uint32_t)row->properties_length;
 	uint64_t checksum = (uint64_t)sqlite3_column_int64(statement, ++column);
 	record->topic_length = (uint32_t)topic;
 	record->payload_length = (uint32_t)payload;

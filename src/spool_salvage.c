@@ -160,6 +160,8 @@ static bool make_row(const struct column *columns, int64_t number, struct spool_
 	               .qos = (uint8_t)columns[6].number,
 	               .full_length = (uint32_t)columns[8].number,
 	               .digest = digest->bytes,
+	               .properties = properties->bytes,
+	               .properties_length = (uint32_t)properties->length,
 	               .row = number},
 	    .route = (const char *)route->bytes,
 	    .route_length = route->length,

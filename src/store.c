@@ -5,10 +5,12 @@
  * up in memory (the driver copies what it sends). A chunk is durable message by message: the driver's reply lists the
  * inserts and the errors with their index, and only when both together account for every document, and no write concern
  * error is among them, is any of it believed. Everything else stays open for another attempt with the same _ids, where
- * an earlier success shows as a duplicate key on _id.
+ * an earlier success shows as a duplicate key on _id. Where consumer.id makes the _id from the message, such an error
+ * says less: clash.h finds out what is stored there.
  */
 #include "store.h"
 
+#include "clash.h"
 #include "document.h"
 #include "log.h"
 #include "memory.h"
@@ -27,6 +29,8 @@ enum {
 	SOCKET_MS = 20000,
 	ERROR_API = 2,
 	REFUSALS_MOST = 4, /* attempts with an unknown error for one document */
+	GONE_MOST = 8,     /* attempts that find an _id taken, but no document with it */
+	CONFLICT_TEXT = 1000,
 };
 
 struct store {
@@ -47,6 +51,8 @@ struct chunk {
 
 struct store_scratch {
 	struct chunk stored, dead;
+	struct clash *clashes; /* of one reply */
+	size_t clash_count, clash_capacity;
 };
 
 /* One store_write() under way. */
@@ -156,6 +162,7 @@ static mongoc_uri_t *make_uri(const struct config *config)
 	set_default_timeout(uri, MONGOC_URI_CONNECTTIMEOUTMS, CONNECT_MS);
 	set_default_timeout(uri, MONGOC_URI_SOCKETTIMEOUTMS, SOCKET_MS);
 	mongoc_uri_set_option_as_bool(uri, MONGOC_URI_RETRYWRITES, false);
+	mongoc_uri_set_option_as_bool(uri, MONGOC_URI_RETRYREADS, false);
 	return uri;
 }
 
@@ -265,6 +272,7 @@ void store_scratch_destroy(struct store_scratch *scratch)
 		return;
 	chunk_finish(&scratch->stored);
 	chunk_finish(&scratch->dead);
+	free(scratch->clashes);
 	free(scratch);
 }
 
@@ -420,10 +428,115 @@ static bool is_given_up(struct batch_message *message, int code)
 	return ++message->refusals >= REFUSALS_MOST;
 }
 
-static void settle_error(struct write *write, const struct chunk *chunk, size_t index, const struct write_error *error)
+/* ---- an _id that is taken ---- */
+
+static void add_clash(struct write *write, size_t index, const bson_t *document)
+{
+	struct store_scratch *scratch = write->scratch;
+	if (scratch->clash_count == scratch->clash_capacity) {
+		scratch->clash_capacity = scratch->clash_capacity ? scratch->clash_capacity * 2 : 64;
+		scratch->clashes = memory_resize(scratch->clashes, scratch->clash_capacity * sizeof *scratch->clashes);
+	}
+	scratch->clashes[scratch->clash_count++] = (struct clash){.index = index, .document = document};
+}
+
+/* Another message has the _id: its place is taken for good. */
+static void refuse_conflict(struct write *write, const struct chunk *chunk, const struct clash *clash, const char *what)
+{
+	bson_t id;
+	bson_iter_t iter;
+	char message[CONFLICT_TEXT];
+	bson_init(&id);
+	if (bson_iter_init_find(&iter, clash->document, "_id"))
+		bson_append_iter(&id, "_id", -1, &iter);
+	char *text = bson_as_relaxed_extended_json(&id, NULL);
+	snprintf(message, sizeof message, "%s: %s", what, text != NULL ? text : "");
+	bson_free(text);
+	bson_destroy(&id);
+	refuse(write, chunk, clash->index, DOCUMENT_ID_CONFLICT, message);
+}
+
+/* The bytes of the first element of a document, which is its _id. */
+static const uint8_t *id_bytes(const bson_t *document, size_t *length)
+{
+	bson_iter_t iter;
+	if (!bson_iter_init(&iter, document) || !bson_iter_next(&iter))
+		abort(); /* we wrote it */
+	*length = iter.next_off - iter.off;
+	return iter.raw + iter.off;
+}
+
+/* A message that is received twice within a millisecond can be told from its double only by this: of those that are
+ * written together one is the stored one. */
+static bool is_claimed(const struct write *write, const struct chunk *chunk, const struct clash *clash)
+{
+	size_t length, other_length;
+	const uint8_t *id = id_bytes(clash->document, &length);
+	for (size_t i = 0; i < chunk->count; i++) {
+		bson_t other;
+		if (i == clash->index || write->batch->messages[chunk->messages[i]].outcome != BATCH_STORED ||
+		    !bson_init_static(&other, chunk->bytes.data + chunk->starts[i],
+		                      chunk->starts[i + 1] - chunk->starts[i]))
+			continue;
+		const uint8_t *other_id = id_bytes(&other, &other_length);
+		if (other_length == length && memcmp(other_id, id, length) == 0)
+			return true;
+	}
+	return false;
+}
+
+static void settle_clash(struct write *write, const struct chunk *chunk, const struct clash *clash)
+{
+	size_t index = chunk->messages[clash->index];
+	struct batch_message *message = &write->batch->messages[index];
+	switch (clash->answer) {
+	case CLASH_SAME_OWN:
+		settle(write, index,
+		       message->tried && !is_claimed(write, chunk, clash) ? BATCH_STORED : BATCH_DUPLICATE,
+		       message->reason);
+		break;
+	case CLASH_SAME:
+		settle(write, index, BATCH_DUPLICATE, message->reason);
+		break;
+	case CLASH_OTHER:
+		refuse_conflict(write, chunk, clash, "another message is stored under this _id");
+		break;
+	case CLASH_GONE:
+		if (++message->refusals >= GONE_MOST) { /* an orphan of a shard, for one */
+			refuse_conflict(write, chunk, clash, "this _id is taken by a document that cannot be read");
+			break;
+		}
+		bson_error_t open = {.domain = MONGOC_ERROR_SERVER, .code = 11000};
+		snprintf(open.message, sizeof open.message,
+		         "its _id is taken, but the document that has it was deleted meanwhile or cannot be read");
+		report_error(write->report, &open, "MongoDB did not store a document");
+		break;
+	}
+}
+
+static void settle_clashes(struct write *write, const struct chunk *chunk)
+{
+	struct store_scratch *scratch = write->scratch;
+	size_t count = scratch->clash_count;
+	bson_error_t error = {0};
+	scratch->clash_count = 0; /* a dead letter may lead to another reply */
+	if (count == 0)
+		return;
+	if (!clash_look_up(write->stored, write->store->write_concern, scratch->clashes, count, &error)) {
+		report_error(write->report, &error, "cannot read what is stored under an _id that is taken");
+		return;
+	}
+	for (size_t i = 0; i < count; i++)
+		settle_clash(write, chunk, &scratch->clashes[i]);
+}
+
+static void settle_error(struct write *write, const struct chunk *chunk, size_t index, const bson_t *document,
+                         const struct write_error *error)
 {
 	struct batch_message *message = &write->batch->messages[chunk->messages[index]];
-	if (error->code == 11000 && error->on_id) {
+	if (error->code == 11000 && error->on_id && !document_has_object_id(bson_get_data(document))) {
+		add_clash(write, index, document);
+	} else if (error->code == 11000 && error->on_id) {
 		settle_inserted(write, chunk, index); /* our own earlier attempt: the _id was made by us */
 	} else if (is_about_document(error->code) || is_given_up(message, error->code)) {
 		refuse(write, chunk, index, error->code == 11000 ? DOCUMENT_UNIQUE_INDEX : DOCUMENT_REFUSED,
@@ -435,8 +548,8 @@ static void settle_error(struct write *write, const struct chunk *chunk, size_t 
 	}
 }
 
-static void settle_reply(struct write *write, const struct chunk *chunk, size_t first, size_t count,
-                         const bson_t *reply)
+static void settle_reply(struct write *write, const struct chunk *chunk, const bson_t **documents, size_t first,
+                         size_t count, const bson_t *reply)
 {
 	bool *failed = memory_zeroed(count, sizeof *failed);
 	bson_iter_t iter, entry;
@@ -446,13 +559,15 @@ static void settle_reply(struct write *write, const struct chunk *chunk, size_t 
 			if (error.index < 0 || (size_t)error.index >= count || failed[error.index])
 				continue;
 			failed[error.index] = true;
-			settle_error(write, chunk, first + (size_t)error.index, &error);
+			settle_error(write, chunk, first + (size_t)error.index, documents[first + (size_t)error.index],
+			             &error);
 		}
 	}
 	for (size_t i = 0; i < count; i++)
 		if (!failed[i])
 			settle_inserted(write, chunk, first + i);
 	free(failed);
+	settle_clashes(write, chunk);
 }
 
 /* An error for the call as a whole that one document may have caused, by its size or its form: find it by halves. */
@@ -519,7 +634,7 @@ static void insert_range(struct write *write, struct chunk *chunk, const bson_t 
 	mongoc_collection_insert_many(collection, documents + first, count, &options, &reply, &error);
 	bson_destroy(&options);
 	if (is_complete(&reply, count))
-		settle_reply(write, chunk, first, count, &reply);
+		settle_reply(write, chunk, documents, first, count, &reply);
 	else
 		settle_failure(write, chunk, documents, first, count, &reply, &error);
 	bson_destroy(&reply);
@@ -553,12 +668,14 @@ static void add_message(struct write *write, size_t index)
 {
 	struct chunk *chunk = &write->scratch->stored;
 	struct batch_message *message = &write->batch->messages[index];
+	const struct id_rule *rule = &write->store->config->consumer.id;
 	struct document_fault fault;
 	size_t start = chunk->bytes.length;
-	if (!document_build(write->batch, message, &chunk->bytes, &fault)) {
+	if (!document_build(write->batch, message, rule, &chunk->bytes, &fault)) {
 		bury(write, index, &fault);
 		return;
 	}
+	message->id_fallback = rule->count > 0 && document_has_object_id(chunk->bytes.data + start);
 	if (chunk->bytes.length > CHUNK_BYTES && chunk->count > 0) {
 		/* Send what stood before; the new document moves to the front. */
 		size_t length = chunk->bytes.length - start;
@@ -595,6 +712,20 @@ static void write_batch(struct write *write)
 	mongoc_collection_destroy(write->dead);
 }
 
+/* The next attempt may meet what this one has written without our hearing of it. */
+static size_t mark_tried(struct batch *batch)
+{
+	size_t open = 0;
+	for (size_t i = 0; i < batch->count; i++) {
+		struct batch_message *message = &batch->messages[i];
+		if (message->outcome != BATCH_OPEN)
+			continue;
+		message->tried = true;
+		open++;
+	}
+	return open;
+}
+
 void store_write(struct store *store, struct store_scratch *scratch, struct batch *batch, struct store_report *report)
 {
 	*report = (struct store_report){0};
@@ -604,7 +735,7 @@ void store_write(struct store *store, struct store_scratch *scratch, struct batc
 		write_batch(&write);
 		mongoc_client_pool_push(store->pool, write.client);
 	}
-	report->open = batch_count_outcome(batch, BATCH_OPEN);
+	report->open = mark_tried(batch);
 	if (report->open > 0 && report->class == STORE_OK)
 		report->class = STORE_TRANSIENT;
 }
@@ -693,18 +824,19 @@ static bool has_any(const bson_iter_t *resource)
 	return bson_iter_recurse(resource, &iter) && bson_iter_find(&iter, "anyResource") && bson_iter_as_bool(&iter);
 }
 
-static bool holds_insert(const bson_iter_t *actions)
+static bool holds(const bson_iter_t *actions, const char *name)
 {
 	bson_iter_t action;
 	if (bson_iter_recurse(actions, &action))
 		while (bson_iter_next(&action))
-			if (BSON_ITER_HOLDS_UTF8(&action) && strcmp(bson_iter_utf8(&action, NULL), "insert") == 0)
+			if (BSON_ITER_HOLDS_UTF8(&action) && strcmp(bson_iter_utf8(&action, NULL), name) == 0)
 				return true;
 	return false;
 }
 
 /* One entry of authenticatedUserPrivileges: { resource: { db, collection }, actions: [ … ] }; "" stands for any. */
-static bool privilege_covers(const bson_iter_t *privilege, const char *database, const char *collection)
+static bool privilege_covers(const bson_iter_t *privilege, const char *action, const char *database,
+                             const char *collection)
 {
 	bson_iter_t resource, actions;
 	if (!bson_iter_recurse(privilege, &resource) || !bson_iter_find(&resource, "resource") ||
@@ -712,10 +844,11 @@ static bool privilege_covers(const bson_iter_t *privilege, const char *database,
 		return false;
 	bool here =
 	    has_any(&resource) || (names(&resource, "db", database) && names(&resource, "collection", collection));
-	return here && holds_insert(&actions);
+	return here && holds(&actions, action);
 }
 
-bool store_may_insert(struct store *store, const char *collection)
+/* Do the privileges of our user cover `action` on `collection`? */
+static bool may(struct store *store, const char *action, const char *collection)
 {
 	bson_t command, reply;
 	struct store_report report;
@@ -730,11 +863,18 @@ bool store_may_insert(struct store *store, const char *collection)
 	       bson_iter_recurse(&users, &entry) && bson_iter_next(&entry) && bson_iter_init(&iter, &reply) &&
 	       bson_iter_find_descendant(&iter, "authInfo.authenticatedUserPrivileges", &privileges) &&
 	       bson_iter_recurse(&privileges, &entry);
-	bool may = !told;
-	while (!may && bson_iter_next(&entry))
-		may = privilege_covers(&entry, store->config->mongodb.database, collection);
+	bool covered = !told;
+	while (!covered && bson_iter_next(&entry))
+		covered = privilege_covers(&entry, action, store->config->mongodb.database, collection);
 	bson_destroy(&reply);
-	return may;
+	return covered;
+}
+
+bool store_may_write(struct store *store)
+{
+	const struct config_consumer *config = &store->config->consumer;
+	return may(store, "insert", config->collection) && may(store, "insert", config->dead_letter) &&
+	       (config->id.count == 0 || may(store, "find", config->collection));
 }
 
 void store_write_concern_text(const struct store *store, char *text, size_t size)

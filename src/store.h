@@ -53,9 +53,10 @@ void store_ping(struct store *store, struct store_report *report);
  * Worker thread, or the main thread when no loop runs. */
 bool store_describe(struct store *store, char *text, size_t size, struct store_report *report);
 
-/* Do the privileges of our user cover inserts into `collection`? True also where nobody has to log in, and where the
- * server does not tell. Same threads as store_describe(). */
-bool store_may_insert(struct store *store, const char *collection);
+/* Do the privileges of our user cover inserts into both collections and, where consumer.id makes the _ids, reading what
+ * is stored under them? True also where nobody has to log in, and where the server does not tell. Same threads as
+ * store_describe(). */
+bool store_may_write(struct store *store);
 
 /* "w:majority, j:true, 10 s": the promise in force. */
 void store_write_concern_text(const struct store *store, char *text, size_t size);

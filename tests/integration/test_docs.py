@@ -24,7 +24,7 @@ def test_every_setting_named_in_the_documents_exists():
     for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
         named = set(re.findall(r"`([a-z_]+(?:\.[a-z_]+)+)`", path.read_text()))
         unknown = {key for key in named if key.split(".")[0] in sections} - table
-        assert not {key for key in unknown if not key.endswith((".c", ".h", ".py", ".conf", ".lock", ".json"))}, path
+        assert not {key for key in unknown if not key.endswith((".c", ".h", ".py", ".conf", ".lock", ".json", ".db"))}, path
 
 
 def test_every_flag_of_the_readme_exists():
@@ -50,3 +50,14 @@ def test_every_reason_of_a_dead_letter_is_documented():
     assert {"payload_too_large", "unique_index"} <= reasons
     for reason in reasons:
         assert f"`{reason}`" in README, reason
+
+
+def test_every_metric_is_documented():
+    source = (ROOT / "src" / "metrics_prometheus.c").read_text()
+    metrics = set(re.findall(r'\b(?:family|counter|gauge|seconds|histogram|causes)\(out, "([a-z0-9_]+)"', source))
+    operation = (ROOT / "docs" / "operation.md").read_text()
+    documented = set(re.findall(r"`([a-z0-9_]+)(?:\{[a-z]+\})?`", operation))
+    assert len(metrics) > 30
+    assert metrics <= documented, metrics - documented
+    alerts = set(re.findall(r"mqtt2mongo_([a-z0-9_]+?)(?:_bucket)?\b", operation[operation.index("## Watching it"):])) - {""}
+    assert alerts <= metrics, alerts - metrics

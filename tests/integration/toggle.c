@@ -77,7 +77,13 @@ static bool publisher_moved(const struct toggle *toggle, uint64_t by)
 
 static bool consumer_untouched(const struct toggle *toggle)
 {
-	return memcmp(consumer_now(toggle), &toggle->consumer, sizeof toggle->consumer) == 0;
+	struct metrics_loop none = {0};
+	char *now = metrics_sums(consumer_now(toggle), NULL, &none, true);
+	char *then = metrics_sums(&toggle->consumer, NULL, &none, true);
+	bool untouched = strcmp(now, then) == 0;
+	free(now);
+	free(then);
+	return untouched;
 }
 
 static bool publisher_untouched(const struct toggle *toggle)

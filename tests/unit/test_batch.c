@@ -11,10 +11,13 @@
 
 #include "batch.h"
 
+#include <mosquitto.h>
+#include <mqtt_protocol.h>
 #include <stdio.h>
 #include <stdlib.h>
 
 enum { MAX_PAYLOAD = 1000, NOW = 1700000000 };
+static const struct id_rule object_ids;
 #define MIB ((size_t)1024 * 1024)
 
 static struct mqtt_message message_of(const char *topic, const void *payload, size_t length)
@@ -31,7 +34,7 @@ static struct mqtt_message message_of(const char *topic, const void *payload, si
 static void add(struct batch *batch, const char *topic, const void *payload, size_t length, size_t max_payload)
 {
 	struct mqtt_message message = message_of(topic, payload, length);
-	batch_add(batch, &message, max_payload, NOW);
+	batch_add(batch, &message, &object_ids, max_payload, NOW);
 }
 
 static const struct batch_message *last(const struct batch *batch)
@@ -58,7 +61,7 @@ static void a_message_is_copied(void **state)
 	char topic[] = "sensors/a", payload[] = "{\"n\": 1}";
 	struct mqtt_message message = message_of(topic, payload, strlen(payload));
 	message.retain = message.dup = true;
-	batch_add(&batch, &message, MAX_PAYLOAD, INT64_C(1795378704123));
+	batch_add(&batch, &message, &object_ids, MAX_PAYLOAD, INT64_C(1795378704123));
 	memset(topic, '?', sizeof topic);
 	memset(payload, '?', sizeof payload);
 	assert_int_equal(batch.count, 1);
@@ -83,7 +86,7 @@ static void flags_are_each_messages_own(void **state)
 		message.qos = flags & 1;
 		message.retain = flags & 2;
 		message.dup = flags & 4;
-		batch_add(&batch, &message, MAX_PAYLOAD, flags);
+		batch_add(&batch, &message, &object_ids, MAX_PAYLOAD, flags);
 	}
 	for (int flags = 0; flags < 8; flags++) {
 		assert_int_equal(batch.messages[flags].qos, flags & 1);
@@ -220,6 +223,76 @@ static void above_a_small_limit_all_is_kept(void **state)
 
 /* ---- outcomes, and the next round ---- */
 
+/* ---- user properties ---- */
+
+static struct id_rule rule_of(const char *const *parts, size_t count)
+{
+	struct id_rule rule;
+	assert_null(id_rule_parse(&rule, parts, count));
+	return rule;
+}
+
+static void assert_properties(const struct batch *batch, const struct batch_message *message, const char *expected,
+                              size_t length)
+{
+	assert_int_equal(message->properties_length, length);
+	if (length > 0)
+		assert_memory_equal(batch_properties(batch, message), expected, length);
+}
+#define assert_kept(batch, message, literal) assert_properties(batch, message, literal, sizeof(literal))
+
+/* Of each property that the rule names the first is kept, in the rule's order; nothing of the others. */
+static void named_properties_are_kept(void **state)
+{
+	static const char *const parts[] = {"user-property:id", "topic", "user-property:run", "user-property:none"};
+	char too_long[ID_TEXT_MOST + 2] = "";
+	memset(too_long, 'x', ID_TEXT_MOST + 1);
+	static const char *const given[][2] = {{"other", "0"}, {"run", "r"}, {"id", "1"}, {"id", "2"}, {"", ""}};
+	mosquitto_property *list = NULL;
+	for (size_t i = 0; i < sizeof given / sizeof *given; i++)
+		assert_int_equal(
+		    mosquitto_property_add_string_pair(&list, MQTT_PROP_USER_PROPERTY, given[i][0], given[i][1]), 0);
+	assert_int_equal(mosquitto_property_add_string_pair(&list, MQTT_PROP_USER_PROPERTY, "none", too_long), 0);
+	struct id_rule rule = rule_of(parts, 4);
+	struct batch batch = {0};
+	struct mqtt_message message = message_of("t", "1", 1);
+	message.properties = list;
+	batch_add(&batch, &message, &rule, MAX_PAYLOAD, NOW);
+	batch_add(&batch, &message, &object_ids, MAX_PAYLOAD, NOW);
+	message.properties = NULL;
+	batch_add(&batch, &message, &rule, MAX_PAYLOAD, NOW);
+	assert_kept(&batch, &batch.messages[0],
+	            "id\0"
+	            "1\0run\0r");
+	assert_properties(&batch, &batch.messages[1], NULL, 0);
+	assert_properties(&batch, &batch.messages[2], NULL, 0);
+	for (size_t i = 0; i < batch.count; i++)
+		assert_holds(&batch, i, "t", "1", 1);
+
+	struct batch restored = {0};
+	const struct batch_message *kept = &batch.messages[0];
+	struct batch_record record = {.topic = "t",
+	                              .topic_length = 1,
+	                              .payload = "1",
+	                              .payload_length = 1,
+	                              .full_length = 1,
+	                              .properties = batch_properties(&batch, kept),
+	                              .properties_length = kept->properties_length};
+	batch_restore(&restored, &record);
+	record.properties = NULL;
+	record.properties_length = 0;
+	batch_restore(&restored, &record);
+	assert_kept(&restored, &restored.messages[0],
+	            "id\0"
+	            "1\0run\0r");
+	assert_properties(&restored, &restored.messages[1], NULL, 0);
+	assert_holds(&restored, 0, "t", "1", 1);
+	batch_finish(&restored);
+	batch_finish(&batch);
+	id_rule_finish(&rule);
+	mosquitto_property_free_all(&list);
+}
+
 static void outcomes_are_counted(void **state)
 {
 	struct batch batch = {0};
@@ -242,7 +315,7 @@ static void reset_forgets(void **state)
 	for (int i = 0; i < 100; i++) {
 		struct mqtt_message message = message_of("first", "11111", 5);
 		message.retain = message.dup = true;
-		batch_add(&batch, &message, 2, NOW);
+		batch_add(&batch, &message, &object_ids, 2, NOW);
 		batch.messages[i].outcome = BATCH_DEAD_LETTERED;
 		batch.messages[i].reason = 3;
 	}
@@ -311,6 +384,7 @@ int main(void)
 	    cmocka_unit_test(of_a_large_one_the_beginning_is_kept),
 	    cmocka_unit_test(just_above_what_is_kept),
 	    cmocka_unit_test(above_a_small_limit_all_is_kept),
+	    cmocka_unit_test(named_properties_are_kept),
 	    cmocka_unit_test(outcomes_are_counted),
 	    cmocka_unit_test(reset_forgets),
 	    cmocka_unit_test(a_usual_round_allocates_once),

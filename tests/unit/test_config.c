@@ -216,7 +216,10 @@ static void actions(void **state)
 	assert_silent(CONFIG_DRY_RUN, load("--dry-run"));
 	assert_int_equal(config.role, CONFIG_ROLE_CONSUMER);
 	refuses("--dry-run|--role|publisher", "--role: --dry-run shows what the consumer would store");
-	refuses("--dry-run|--check", "--check and --dry-run exclude each other");
+	refuses("--dry-run|--check", "--check, --dry-run, --spool-status and --spool-export exclude each other");
+	refuses("--spool-status|--spool-export", "exclude each other");
+	assert_silent(CONFIG_SPOOL_STATUS, load("--spool-status"));
+	assert_silent(CONFIG_SPOOL_EXPORT, load("--spool-export|--role|publisher"));
 }
 
 static void durations(void **state)
@@ -572,6 +575,88 @@ static void tls(void **state)
 	warns("--role|both|--mqtt-tls-enabled|--mqtt-tls-insecure", "host name is not checked");
 }
 
+static void assert_part(size_t index, enum id_kind kind, const char *name)
+{
+	assert_in_range(index, 0, config.consumer.id.count - 1);
+	assert_int_equal(config.consumer.id.parts[index].kind, kind);
+	assert_string_equal(config.consumer.id.parts[index].name, name);
+}
+
+static void accepts_file(const char *file)
+{
+	write_file("a.json", file);
+	accepts("--role|both|-c|a.json");
+}
+
+/* A list: an array in the file, its text or commas elsewhere. */
+static void ids(void **state)
+{
+	accepts("--role|both");
+	assert_int_equal(config.consumer.id.count, 0);
+	accepts("--role|both|--consumer-id|objectid");
+	assert_int_equal(config.consumer.id.count, 0);
+	accepts("--role|both|--consumer-id|topic,/seq");
+	assert_int_equal(config.consumer.id.count, 2);
+	assert_part(0, ID_TOPIC, "topic");
+	assert_part(1, ID_POINTER, "seq");
+	accepts("--role|both|--consumer-id|user-property:a b");
+	assert_part(0, ID_PROPERTY, "a b");
+	accepts("--role|both|--consumer-id| [ \"topic\",\n\"/a,b\" , \"user-property:[x]\" ] ");
+	assert_int_equal(config.consumer.id.count, 3);
+	assert_part(1, ID_POINTER, "a,b");
+	assert_part(2, ID_PROPERTY, "[x]");
+	const char *variables[] = {"HOME=/home/nobody", "MQTT2MONGO_CONSUMER_ID=/id,topic", NULL};
+	environment = variables;
+	accepts("--role|both");
+	assert_part(0, ID_POINTER, "id");
+	accepts_file("{\"consumer\": {\"id\": [\"topic\"]}}");
+	assert_part(0, ID_POINTER, "id");
+	environment = no_environment;
+	accepts_file("{\"consumer\": {\"id\": [\"topic\"]}}");
+	assert_int_equal(config.consumer.id.count, 1);
+	assert_part(0, ID_TOPIC, "topic");
+	accepts_file("{\"consumer\": {\"id\": \"objectid\"}}");
+	assert_int_equal(config.consumer.id.count, 0);
+	accepts_file(
+	    "{\"consumer\": {\"id\": [ // brackets, quotes and comments\n\"/]\\\"[\", \"user-property://x\"],\n"
+	    "\"topic\": \"a/#\"}}");
+	assert_int_equal(config.consumer.id.count, 2);
+	assert_part(0, ID_POINTER, "]\"[");
+	assert_part(1, ID_PROPERTY, "//x");
+	assert_string_equal(config.consumer.topic, "a/#");
+}
+
+static void ids_that_are_none(void **state)
+{
+	refuses("--role|both|--consumer-id|", "--consumer-id: is empty");
+	refuses("--role|both|--consumer-id|seq",
+	        "--consumer-id: \"seq\" is no part of a message, allowed are \"topic\"");
+	refuses("--role|both|--consumer-id|topic,", "--consumer-id: \"\" is no part");
+	refuses("--role|both|--consumer-id|[]", "--consumer-id: the list is empty");
+	refuses("--role|both|--consumer-id|[\"topic\"", "--consumer-id: is no list in JSON");
+	refuses("--role|both|--consumer-id|[\"topic\",5]", "--consumer-id: is a list with something else");
+	refuses("--role|both|--consumer-id|[\"/a\\u0000b\"]", "--consumer-id: holds a NUL");
+	refuses("--role|both|--consumer-id|topic,/topic", "--consumer-id: \"/topic\": another part is named \"topic\"");
+	refuses("--role|both|--consumer-id|topic,/$a", "MongoDB takes no field");
+	refuses("--role|both|--consumer-id|/a~b", "~0");
+	refuses_file("{\n\"consumer\": {\"id\": 5}}",
+	             "2: consumer.id: is a number, must be a list of texts in quotes, as in [\"a\", \"b\"]");
+	refuses_file("{\"consumer\": {\"id\": {\"a\": [1]}}, \"role\": \"both\"}",
+	             "1: consumer.id: is an object, must be a list of texts in quotes, as in [\"a\", \"b\"]");
+	refuses_file("{\"consumer\": {\"id\": \"topic\"}}",
+	             "1: consumer.id: \"topic\" is neither \"objectid\" nor a list, write [\"topic\"]");
+	refuses_file("{\"consumer\": {\n\"id\": [\"topic\",\n[\"/a\"]]}}",
+	             "2: consumer.id: is a list with something else than texts in quotes");
+	refuses_file("{\"consumer\": {\"id\": [{\"a\": 1}], \"topic\": \"a\", \"qso\": 1}}",
+	             "1: consumer.id: is a list with something else than texts in quotes");
+	assert_says("qso");
+	refuses_file("{\"consumer\": {\"id\": [\"/a\\u0000\"]}}",
+	             "1: consumer.id: holds a NUL character (\\u0000), take it out");
+	refuses("--role|both|--mqtt-protocol|3.1.1|--consumer-id|topic,user-property:id",
+	        "--consumer-id: MQTT 3.1.1 has no user properties");
+	accepts("--role|both|--mqtt-protocol|3.1.1|--consumer-id|topic,/id");
+}
+
 static void write_concern(void **state)
 {
 	refuses("--role|both|--mongodb-write-concern-w|0",
@@ -757,6 +842,50 @@ static void documents_hold_every_key(void **state)
 	assert_non_null(strstr(printed, "--mqtt-tls-ca"));
 }
 
+static void where_to_listen(void **state)
+{
+	accepts("--role|both");
+	assert_false(config.http.enabled);
+	accepts("--role|both|--http-listen|off");
+	assert_false(config.http.enabled);
+	static const struct {
+		const char *flags, *address;
+		int port;
+	} good[] = {{"--role|both|--http-listen|127.0.0.1:9641", "127.0.0.1", 9641},
+	            {"--role|both|--http-listen|localhost:1", "127.0.0.1", 1},
+	            {"--role|both|--http-listen|[::1]:65535", "::1", 65535}};
+	for (size_t i = 0; i < sizeof good / sizeof *good; i++) {
+		accepts(good[i].flags);
+		assert_true(config.http.enabled);
+		assert_string_equal(config.http.address, good[i].address);
+		assert_int_equal(config.http.port, good[i].port);
+	}
+	warns("--role|both|--http-listen|0.0.0.0:80", "127.0.0.1:80 serves this machine only");
+	assert_string_equal(config.http.address, "0.0.0.0");
+	warns("--role|both|--http-listen|[::]:9641", "--http-listen: whoever reaches this address");
+
+	static const char *const ports[] = {
+	    "9641",        ":9641",        "127.0.0.1",       "127.0.0.1:",   "127.0.0.1:0",
+	    "127.0.0.1:x", "127.0.0.1:-1", "127.0.0.1:65536", "127.0.0.1:1 ", "on"};
+	static const char *const names[] = {"host:80", "*:80", "1.2.3:80", "[127.0.0.1]:80",
+	                                    "[]:80",   "]:80", "[::g]:80"};
+	char flags[512];
+	for (size_t i = 0; i < sizeof ports / sizeof *ports; i++) {
+		snprintf(flags, sizeof flags, "--role|both|--http-listen|%s", ports[i]);
+		refuses(flags, "--http-listen: must be off, or an address and a port from 1 to 65535");
+	}
+	for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
+		snprintf(flags, sizeof flags, "--role|both|--http-listen|%s", names[i]);
+		refuses(flags, "--http-listen: needs an address of this machine, not a name: 127.0.0.1");
+	}
+	snprintf(flags, sizeof flags, "--role|both|--http-listen|%0300d:80", 0);
+	refuses(flags, "needs an address of this machine");
+	refuses("--role|both|--http-listen|http://127.0.0.1:80/", "is a URL, write address and port only");
+	refuses("--role|both|--http-listen|::1:80", "write an IPv6 address in brackets, as in [::1]:9641");
+	refuses("--role|both|--http-listen|[::1:80", "has no ] before the port");
+	refuses_file("{ \"http\": { \"listen\": 9641 } }", "1: http.listen: is a number, must be a text in quotes");
+}
+
 static void version(void **state)
 {
 	assert_silent(CONFIG_PRINTED, load("--version"));
@@ -840,6 +969,8 @@ static void the_example_loads(void **state)
 			assert_int_equal(*(const int *)place, value.integer);
 		else if (entry->type == CONFIG_TYPE_BOOLEAN)
 			assert_int_equal(*(const bool *)place, value.yes);
+		else if (entry->type == CONFIG_TYPE_LIST)
+			assert_string_equal(((const struct config_list *)place)->items[0], entry->initial);
 		else if (entry->type != CONFIG_TYPE_RATE && entry->type != CONFIG_TYPE_SEED)
 			assert_int_equal(*(const int64_t *)place, value.integer);
 	}
@@ -899,6 +1030,8 @@ int main(void)
 	    TEST(mongodb_names),
 	    TEST(crossed_values),
 	    TEST(tls),
+	    TEST(ids),
+	    TEST(ids_that_are_none),
 	    TEST(write_concern),
 	    TEST(uris),
 	    TEST(secrets_in_arguments_are_wiped),
@@ -906,6 +1039,7 @@ int main(void)
 	    TEST(redaction),
 	    TEST(state_directory),
 	    TEST(documents_hold_every_key),
+	    TEST(where_to_listen),
 	    TEST(version),
 	    TEST(the_table_is_sound),
 	    TEST(the_manual_page_is_clean),

@@ -23,6 +23,7 @@
 enum { OLD_LENGTH = sizeof OLD - 1 };
 #define MIB ((size_t)1024 * 1024)
 
+static const struct id_rule object_ids;
 static const int64_t received_at = INT64_C(1795378704123);
 
 /* ---- one message in a batch ---- */
@@ -104,7 +105,7 @@ static struct buffer build(const struct batch *batch)
 	struct buffer out = {0};
 	struct document_fault fault = {0};
 	buffer_append(&out, OLD, OLD_LENGTH);
-	if (!document_build(batch, batch->messages, &out, &fault))
+	if (!document_build(batch, batch->messages, &object_ids, &out, &fault))
 		fail_msg("refused at %zu: %s", fault.offset, fault.message);
 	return out;
 }
@@ -114,7 +115,7 @@ static struct document_fault refused(const struct batch *batch)
 	struct buffer out = {0};
 	struct document_fault fault = {0};
 	buffer_append(&out, OLD, OLD_LENGTH);
-	if (document_build(batch, batch->messages, &out, &fault))
+	if (document_build(batch, batch->messages, &object_ids, &out, &fault))
 		fail_msg("not refused");
 	assert_int_equal(out.length, OLD_LENGTH);
 	assert_memory_equal(out.data, OLD, OLD_LENGTH);
@@ -205,9 +206,9 @@ static void documents_are_appended(void **state)
 	struct buffer once = build(&batch);
 	struct document_fault fault;
 	struct buffer twice = {0};
-	assert_true(document_build(&batch, batch.messages, &twice, &fault));
+	assert_true(document_build(&batch, batch.messages, &object_ids, &twice, &fault));
 	size_t length = twice.length;
-	assert_true(document_build(&batch, batch.messages, &twice, &fault));
+	assert_true(document_build(&batch, batch.messages, &object_ids, &twice, &fault));
 	assert_int_equal(twice.length, 2 * length);
 	assert_memory_equal(twice.data, once.data + OLD_LENGTH, length);
 	assert_memory_equal(twice.data + length, once.data + OLD_LENGTH, length);
@@ -471,7 +472,7 @@ static void a_truncated_payload_of_a_batch(void **state)
 	memset(payload, 'a', length);
 	struct mqtt_message message = {
 	    .topic = "sensors/a", .topic_length = 9, .payload = payload, .payload_length = length, .qos = 1};
-	batch_add(&batch, &message, 2 * MIB, received_at);
+	batch_add(&batch, &message, &object_ids, 2 * MIB, received_at);
 	struct document_fault fault = refused(&batch);
 	assert_int_equal(fault.reason, DOCUMENT_PAYLOAD_SIZE);
 	struct buffer out = dead_letter(&batch, &fault);
@@ -497,7 +498,7 @@ static void a_refused_payload_that_is_kept_whole(void **state)
 	struct batch batch = {0};
 	struct mqtt_message message = {
 	    .topic = "sensors/a", .topic_length = 9, .payload = "\"0123456789\"", .payload_length = 12, .qos = 1};
-	batch_add(&batch, &message, 11, received_at);
+	batch_add(&batch, &message, &object_ids, 11, received_at);
 	struct document_fault fault = refused(&batch);
 	assert_int_equal(fault.reason, DOCUMENT_PAYLOAD_SIZE);
 	struct buffer out = dead_letter(&batch, &fault);
@@ -525,7 +526,7 @@ static bool fits(size_t length)
 	struct buffer out = {0};
 	struct document_fault fault = {0};
 	make_string(&batch, length);
-	bool built = document_build(&batch, batch.messages, &out, &fault);
+	bool built = document_build(&batch, batch.messages, &object_ids, &out, &fault);
 	if (built) {
 		assert_true(out.length <= DOCUMENT_MAX_BYTES);
 	} else {
@@ -590,6 +591,131 @@ static void json_that_grows_beyond_the_limit(void **state)
 	free(json);
 }
 
+/* ---- ids from the message ---- */
+
+static struct id_rule rule_of(const char *first, const char *second)
+{
+	struct id_rule rule;
+	const char *parts[] = {first, second};
+	assert_null(id_rule_parse(&rule, parts, second != NULL ? 2 : 1));
+	return rule;
+}
+
+/* Under that rule the document has this _id (NULL: its ObjectId), and is for the rest what it was. */
+static void assert_id(const char *first, const char *second, const char *json, bson_t *id)
+{
+	struct id_rule rule = rule_of(first, second);
+	struct batch batch;
+	struct buffer plain = {0}, out = {0};
+	struct document_fault fault;
+	make_batch(&batch, TEXT("sensors/a"), text_of(json));
+	assert_true(document_build(&batch, batch.messages, &object_ids, &plain, &fault));
+	buffer_append(&out, OLD, OLD_LENGTH);
+	assert_true(document_build(&batch, batch.messages, &rule, &out, &fault));
+	assert_int_equal(document_has_object_id(out.data + OLD_LENGTH), id == NULL);
+	bson_t rest, *expected = bson_new();
+	assert_true(bson_init_static(&rest, plain.data, plain.length));
+	if (id != NULL) {
+		bson_concat(expected, id);
+		bson_copy_to_excluding_noinit(&rest, expected, "_id", (char *)NULL);
+	} else {
+		bson_concat(expected, &rest);
+	}
+	assert_document(&out, expected);
+	bson_destroy(id);
+	buffer_finish(&plain);
+	buffer_finish(&out);
+	batch_finish(&batch);
+	id_rule_finish(&rule);
+}
+
+static void ids_of_every_length(void **state)
+{
+	char json[1100], text[1001];
+	assert_id("topic", NULL, "7", BCON_NEW("_id", BCON_UTF8("sensors/a")));
+	assert_id("/b", NULL, "{\"b\":true}", BCON_NEW("_id", BCON_BOOL(true)));
+	assert_id("/b", NULL, "{\"b\":-5}", BCON_NEW("_id", BCON_INT32(-5)));
+	assert_id("topic", "/b", "{\"b\":1.5,\"c\":[]}",
+	          BCON_NEW("_id", "{", "topic", BCON_UTF8("sensors/a"), "b", BCON_DOUBLE(1.5), "}"));
+	for (size_t length = 0; length <= 1000; length = length < 20 ? length + 1 : length + 490) {
+		memset(text, 'x', length);
+		text[length] = 0;
+		snprintf(json, sizeof json, "{\"b\":\"%s\"}", text);
+		assert_id("/b", NULL, json, BCON_NEW("_id", BCON_UTF8(text)));
+	}
+	assert_id("/b", NULL, "{}", NULL);
+	assert_id("topic", "/b", "{\"b\":null}", NULL);
+}
+
+/* A payload that is stored under an ObjectId may be too large together with a longer _id; it is kept as a dead letter.
+ */
+static void an_id_counts_for_the_limit(void **state)
+{
+	static const char tail[] = {',', '1', '2', '3', '4', ']'};
+	struct id_rule rule = rule_of("topic", "/1");
+	size_t low = 14 * MIB, high = DOCUMENT_MAX_BYTES;
+	struct document_fault fault;
+	while (high - low > 1) {
+		size_t middle = low + (high - low) / 2;
+		char *json = malloc(middle);
+		assert_non_null(json);
+		memset(json, 'a', middle);
+		json[0] = '[';
+		json[1] = json[middle - 7] = '"';
+		memcpy(json + middle - sizeof tail, tail, sizeof tail);
+		struct batch batch;
+		struct buffer plain = {0}, out = {0};
+		make_batch(&batch, TEXT("sensors/a"), (struct text){json, middle});
+		bool fits_plain = document_build(&batch, batch.messages, &object_ids, &plain, &fault);
+		bool fits_rule = document_build(&batch, batch.messages, &rule, &out, &fault);
+		assert_true(fits_plain || !fits_rule);
+		if (!fits_rule) {
+			assert_int_equal(fault.reason, JSON_TOO_LARGE);
+			assert_int_equal(out.length, 0);
+		}
+		assert_true(out.length <= DOCUMENT_MAX_BYTES);
+		low = fits_rule ? middle : low;
+		high = fits_rule ? high : middle;
+		buffer_finish(&plain);
+		buffer_finish(&out);
+		batch_finish(&batch);
+		free(json);
+	}
+	assert_true(low > DOCUMENT_MAX_BYTES - 400);
+	id_rule_finish(&rule);
+}
+
+/* They are in the dead letter, which keeps its ObjectId. */
+static void user_properties_of_a_dead_letter(void **state)
+{
+	static const uint8_t bad[] = {'b', 'a', 'd', 0xff};
+	struct batch batch;
+	make_batch(&batch, TEXT("t"), TEXT("x"));
+	struct batch_message *message = batch.messages;
+	message->properties = batch.arena.length;
+	id_keep_property(&batch.arena, "id", "\xc3\xa4 7");
+	id_keep_property(&batch.arena, "odd", "bad\xff");
+	message->properties_length = (uint32_t)(batch.arena.length - message->properties);
+	struct document_fault fault = {.reason = DOCUMENT_ID_CONFLICT, .message = "taken"};
+	struct buffer out = dead_letter(&batch, &fault);
+	bson_t found, properties;
+	bson_iter_t iter;
+	assert_true(bson_init_static(&found, out.data + OLD_LENGTH, out.length - OLD_LENGTH));
+	assert_true(document_has_object_id(out.data + OLD_LENGTH));
+	assert_true(bson_iter_init_find(&iter, &found, "user_properties"));
+	uint32_t length;
+	const uint8_t *bytes;
+	bson_iter_document(&iter, &length, &bytes);
+	assert_true(bson_init_static(&properties, bytes, length));
+	bson_t *expected = BCON_NEW("id", BCON_UTF8("\xc3\xa4 7"), "odd", BCON_BIN(BSON_SUBTYPE_BINARY, bad, 4));
+	assert_true(bson_equal(&properties, expected));
+	bson_destroy(expected);
+	assert_true(bson_iter_init(&iter, &found) && bson_iter_find_descendant(&iter, "reason.code", &iter));
+	assert_string_equal(bson_iter_utf8(&iter, NULL), "id_conflict");
+	buffer_finish(&out);
+	batch_finish(&batch);
+}
+
 /* ---- names ---- */
 
 static void reasons_have_names_of_their_own(void **state)
@@ -623,6 +749,9 @@ int main(void)
 	    cmocka_unit_test(a_refused_payload_that_is_kept_whole),
 	    cmocka_unit_test(up_to_16_mebibytes),
 	    cmocka_unit_test(json_that_grows_beyond_the_limit),
+	    cmocka_unit_test(ids_of_every_length),
+	    cmocka_unit_test(an_id_counts_for_the_limit),
+	    cmocka_unit_test(user_properties_of_a_dead_letter),
 	    cmocka_unit_test(reasons_have_names_of_their_own),
 	};
 	return cmocka_run_group_tests(tests, NULL, NULL);

@@ -1,4 +1,4 @@
-/* metrics.c: the sums add up, as JSON for programs and as text for people. */
+/* metrics*.c: the sums add up, as JSON for programs and as text for people; what Prometheus reads; histograms, lag. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -25,6 +25,8 @@ static struct metrics_consumer some_consumer(void)
 	    .returned = {[METRICS_HOLD_LIMIT] = 50000, [METRICS_SHUTDOWN] = 77},
 	    .truncated = 8,
 	    .redelivered = 9999,
+	    .id_fallbacks = 66,
+	    .received_qos0 = 44,
 	    .batches = 1234,
 	    .largest_batch = 4096,
 	};
@@ -119,7 +121,8 @@ static void in_flight_is_what_is_in_no_other_term(void **state)
 		assert_int_equal(metrics_in_flight(&consumer), 110 - (i + 1) * (i + 2) / 2);
 	}
 	/* of messages that another term counts */
-	consumer.truncated = consumer.redelivered = consumer.batches = consumer.largest_batch = 9;
+	consumer.truncated = consumer.redelivered = consumer.received_qos0 = consumer.batches = consumer.largest_batch =
+	    consumer.id_fallbacks = 9;
 	assert_int_equal(metrics_in_flight(&consumer), 110 - 45);
 }
 
@@ -146,6 +149,8 @@ static void every_sum_of_the_consumer(void **state)
 	assert_number(sums, "consumer.in_flight", (double)metrics_in_flight(&consumer));
 	assert_number(sums, "consumer.truncated", 8);
 	assert_number(sums, "consumer.redelivered", 9999);
+	assert_number(sums, "consumer.id_fallbacks", 66);
+	assert_number(sums, "consumer.received_qos0", 44);
 	assert_number(sums, "consumer.batches", 1234);
 	assert_number(sums, "consumer.largest_batch", 4096);
 	assert_null(cJSON_GetObjectItemCaseSensitive(sums, "publisher"));
@@ -230,7 +235,7 @@ static void large_counts_are_exact(void **state)
 
 static void assert_line(const char *text, const char *line)
 {
-	char wanted[128];
+	char wanted[160];
 	snprintf(wanted, sizeof wanted, "\n%s\n", line);
 	if (strstr(text, wanted) == NULL && strncmp(text, wanted + 1, strlen(wanted) - 1) != 0)
 		fail_msg("no line '%s' in:\n%s", line, text);
@@ -273,6 +278,220 @@ static void text_of_the_parts_that_run(void **state)
 	free(text);
 }
 
+/* ---- histograms ---- */
+
+static void a_histogram_counts_each_time_once(void **state)
+{
+	static const struct {
+		uint64_t us;
+		int bucket;
+	} cases[] = {{0, 0},      {1, 0},     {500, 0},   {501, 1},       {1000, 1},      {1001, 2},
+	             {2000, 2},   {64000, 7}, {64001, 8}, {65536000, 17}, {65536001, 18}, {UINT64_C(1) << 50, 18},
+	             {300000, 10}};
+	for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+		struct metrics_histogram histogram = {0};
+		metrics_observe(&histogram, cases[i].us);
+		for (int bucket = 0; bucket <= METRICS_BUCKETS; bucket++)
+			if (histogram.counts[bucket] != (bucket == cases[i].bucket))
+				fail_msg("%llu us: %llu in bucket %d", (unsigned long long)cases[i].us,
+				         (unsigned long long)histogram.counts[bucket], bucket);
+		assert_true(histogram.sum_us == cases[i].us);
+		assert_int_equal(metrics_observations(&histogram), 1);
+	}
+}
+
+static void a_histogram_adds_up(void **state)
+{
+	struct metrics_histogram histogram = {0};
+	for (uint64_t us = 1; us <= 1000; us++)
+		metrics_observe(&histogram, us * 100);
+	assert_int_equal(metrics_observations(&histogram), 1000);
+	assert_int_equal(histogram.sum_us, 100 * 1000 * 1001 / 2);
+	assert_int_equal(histogram.counts[0], 5);  /* 0.1 to 0.5 ms */
+	assert_int_equal(histogram.counts[1], 5);  /* to 1 ms */
+	assert_int_equal(histogram.counts[2], 10); /* to 2 ms */
+	assert_int_equal(histogram.counts[METRICS_BUCKETS], 0);
+}
+
+/* ---- the loop ---- */
+
+static void the_lag_is_remembered_for_a_minute(void **state)
+{
+	struct metrics_loop loop = {0};
+	const uint64_t start = UINT64_C(123456789) * METRICS_SLICE_MS; /* the clock counts since the machine began */
+	assert_int_equal(metrics_loop_recent(&loop, start), 0);
+	metrics_loop_turn(&loop, 100, start);
+	metrics_loop_turn(&loop, 9000, start + 1);
+	metrics_loop_turn(&loop, 50, start + 2);
+	assert_int_equal(metrics_loop_recent(&loop, start + 3), 9000);
+	metrics_loop_turn(&loop, 700, start + 20000);
+	metrics_loop_turn(&loop, 7, start + 40000);
+	assert_int_equal(metrics_loop_recent(&loop, start + 59999), 9000);
+	assert_int_equal(metrics_loop_recent(&loop, start + 60000), 700);
+	metrics_loop_turn(&loop, 8, start + 60000);
+	assert_int_equal(metrics_loop_recent(&loop, start + 79999), 700);
+	assert_int_equal(metrics_loop_recent(&loop, start + 80000), 8);
+	assert_int_equal(metrics_loop_recent(&loop, start + 1000000), 0); /* a loop that only waited */
+	assert_int_equal(loop.longest_iteration_us, 9000);
+	assert_int_equal(loop.iterations, 6);
+}
+
+/* ---- Prometheus ---- */
+
+static char *prometheus(const struct metrics_consumer *consumer, const struct metrics_publisher *publisher)
+{
+	static const struct metrics_connection connections[] = {{"consumer", true}, {"publisher", false}};
+	static const uint64_t dropped = 17;
+	struct metrics_view view = {
+	    .version = "1.2.3",
+	    .now_ms = 1700000100000,
+	    .started_ms = 1700000000123,
+	    .consumer = consumer,
+	    .publisher = publisher,
+	    .loop = &some_loop,
+	    .loop_recent_us = 250,
+	    .connections = connections,
+	    .connection_count = 2,
+	    .broker_dropped = consumer != NULL ? &dropped : NULL,
+	    .resident_bytes = 4096,
+	    .cpu_us = 3000001,
+	};
+	return metrics_prometheus(&view);
+}
+
+static void prometheus_has_every_term(void **state)
+{
+	struct metrics_consumer consumer = some_consumer();
+	consumer.connections = 3;
+	consumer.connections_up = 2;
+	consumer.database_up = true;
+	consumer.spool_state = METRICS_SPOOL_FULL;
+	consumer.spool_messages = 5;
+	consumer.spool_bytes = 6000;
+	consumer.spool_max_bytes = 7000;
+	consumer.spool_oldest_ms = 1700000100000 - 61500;
+	char *text = prometheus(&consumer, &some_publisher);
+	static const char *const lines[] = {
+	    "build_info{version=\"1.2.3\"} 1",
+	    "start_time_seconds 1700000000.123000",
+	    "cpu_seconds_total 3.000001",
+	    "resident_memory_bytes 4096",
+	    "loop_lag_seconds 0.000250",
+	    "loop_lag_max_seconds 0.012345",
+	    "loop_iterations_total 678",
+	    "connection_up{connection=\"consumer\"} 1",
+	    "connection_up{connection=\"publisher\"} 0",
+	    "broker_dropped_messages 17",
+	    "received_total 1000000",
+	    "recovered_from_spool_total 1000",
+	    "stored_total 900000",
+	    "duplicates_total 11",
+	    "dead_lettered_total{reason=\"invalid_json\"} 500",
+	    "dead_lettered_total{reason=\"unique_index\"} 7",
+	    "dead_lettered_total{reason=\"too_deep\"} 0",
+	    "spooled_total 222",
+	    "dropped_total{cause=\"hold_limit\"} 3333",
+	    "dropped_total{cause=\"shutdown\"} 4",
+	    "returned_total{cause=\"hold_limit\"} 50000",
+	    "returned_total{cause=\"shutdown\"} 77",
+	    "in_flight 46786",
+	    "received_qos0_total 44",
+	    "redelivered_total 9999",
+	    "truncated_total 8",
+	    "batches_total 1234",
+	    "largest_batch 4096",
+	    "database_up 1",
+	    "consumer_connections 3",
+	    "consumer_connections_up 2",
+	    "spool_state{state=\"full\"} 1",
+	    "spool_state{state=\"ok\"} 0",
+	    "spool_messages 5",
+	    "spool_bytes 6000",
+	    "spool_max_bytes 7000",
+	    "spool_oldest_age_seconds 61.500000",
+	    "publisher_generated_total 5000",
+	    "publisher_acked_total 4000",
+	    "publisher_failed_total 300",
+	    "publisher_unacknowledged 700",
+	    "publisher_skipped_total 20",
+	    "publisher_no_subscribers_total 1",
+	};
+	for (size_t i = 0; i < sizeof lines / sizeof *lines; i++) {
+		char line[128];
+		snprintf(line, sizeof line, "mqtt2mongo_%s", lines[i]);
+		assert_line(text, line);
+	}
+	free(text);
+}
+
+static void prometheus_of_the_parts_that_run(void **state)
+{
+	char *text = prometheus(NULL, &some_publisher);
+	assert_null(strstr(text, "received_total"));
+	assert_null(strstr(text, "spool"));
+	assert_null(strstr(text, "broker_dropped")); /* not known */
+	assert_line(text, "mqtt2mongo_publisher_acked_total 4000");
+	free(text);
+	struct metrics_consumer consumer = {0};
+	text = prometheus(&consumer, NULL);
+	assert_null(strstr(text, "publisher_"));
+	assert_line(text, "mqtt2mongo_received_total 0");
+	assert_line(text, "mqtt2mongo_spool_oldest_age_seconds 0.000000");
+	free(text);
+}
+
+static void prometheus_histograms_are_cumulative(void **state)
+{
+	struct metrics_consumer consumer = {0};
+	metrics_observe(&consumer.store_latency, 400);
+	metrics_observe(&consumer.store_latency, 1500);
+	metrics_observe(&consumer.store_latency, 1600);
+	metrics_observe(&consumer.store_latency, 99000000);
+	char *text = prometheus(&consumer, NULL);
+	assert_line(text, "# TYPE mqtt2mongo_store_latency_seconds histogram");
+	assert_line(text, "mqtt2mongo_store_latency_seconds_bucket{le=\"0.0005\"} 1");
+	assert_line(text, "mqtt2mongo_store_latency_seconds_bucket{le=\"0.001\"} 1");
+	assert_line(text, "mqtt2mongo_store_latency_seconds_bucket{le=\"0.002\"} 3");
+	assert_line(text, "mqtt2mongo_store_latency_seconds_bucket{le=\"65.536\"} 3");
+	assert_line(text, "mqtt2mongo_store_latency_seconds_bucket{le=\"+Inf\"} 4");
+	assert_line(text, "mqtt2mongo_store_latency_seconds_count 4");
+	assert_line(text, "mqtt2mongo_store_latency_seconds_sum 99.003500");
+	free(text);
+}
+
+static void prometheus_escapes_labels(void **state)
+{
+	struct metrics_view view = {.version = "a\"b\\c\nd\t\xc3\xa4", .loop = &some_loop};
+	char *text = metrics_prometheus(&view);
+	assert_line(text, "mqtt2mongo_build_info{version=\"a\\\"b\\\\c\\nd\t\xc3\xa4\"} 1");
+	free(text);
+}
+
+/* Each sample belongs to the family above it, and each family is described once. */
+static void prometheus_describes_every_family(void **state)
+{
+	struct metrics_consumer consumer = some_consumer();
+	char *text = prometheus(&consumer, &some_publisher), *rest = NULL, name[96] = "", type[16] = "";
+	int families = 0;
+	for (char *line = strtok_r(text, "\n", &rest); line != NULL; line = strtok_r(NULL, "\n", &rest)) {
+		if (strncmp(line, "# HELP ", 7) == 0) {
+			assert_int_equal(sscanf(line, "# HELP %95s", name), 1);
+			line = strtok_r(NULL, "\n", &rest);
+			char same[96];
+			assert_int_equal(sscanf(line, "# TYPE %95s %15s", same, type), 2);
+			assert_string_equal(same, name);
+			assert_int_equal(strncmp(name, "mqtt2mongo_", 11), 0);
+			size_t length = strlen(name);
+			assert_int_equal(strcmp(type, "counter") == 0, strcmp(name + length - 6, "_total") == 0);
+			families++;
+		} else if (strncmp(line, name, strlen(name)) != 0) {
+			fail_msg("%s is not of the family %s", line, name);
+		}
+	}
+	assert_true(families > 30);
+	free(text);
+}
+
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
@@ -287,6 +506,14 @@ int main(void)
 	    cmocka_unit_test(large_counts_are_exact),
 	    cmocka_unit_test(text_for_people),
 	    cmocka_unit_test(text_of_the_parts_that_run),
+	    cmocka_unit_test(a_histogram_counts_each_time_once),
+	    cmocka_unit_test(a_histogram_adds_up),
+	    cmocka_unit_test(the_lag_is_remembered_for_a_minute),
+	    cmocka_unit_test(prometheus_has_every_term),
+	    cmocka_unit_test(prometheus_of_the_parts_that_run),
+	    cmocka_unit_test(prometheus_histograms_are_cumulative),
+	    cmocka_unit_test(prometheus_escapes_labels),
+	    cmocka_unit_test(prometheus_describes_every_family),
 	};
 	return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -1,0 +1,29 @@
+/*
+ * What the broker says of itself: how many messages it has dropped, which no counter of ours can know. Read from
+ * $SYS/broker/publish/messages/dropped, as mosquitto publishes it, over a connection of its own that stores nothing,
+ * keeps no session and is of no importance: a broker that does not let us read $SYS is left alone. Loop thread.
+ */
+#ifndef MQTT2MONGO_BROKER_H
+#define MQTT2MONGO_BROKER_H
+
+#include "config.h"
+
+#include <stdbool.h>
+#include <stdint.h>
+#include <uv.h>
+
+struct broker;
+
+/* Connect as `client_id`, which is copied with -sys behind it. `config` is borrowed until `stopped`. */
+struct broker *broker_start(uv_loop_t *loop, const struct config_mqtt *config, const char *client_id, void *owner);
+
+/* Messages dropped since the broker started, for all its clients. NULL when it has not said so on this connection. */
+const uint64_t *broker_dropped(const struct broker *broker);
+
+/* Connected to the broker. */
+bool broker_is_up(const struct broker *broker);
+
+/* Disconnect at once. `stopped` is called when everything is closed, and then the memory is gone. */
+void broker_stop(struct broker *broker, void (*stopped)(void *owner));
+
+#endif
