@@ -3,6 +3,7 @@
     Fsync        fsync and fdatasync of the spool fail with EIO while it is on
     Link         a TCP link that is slow, loses packets, or breaks in the middle of an answer
     faketime()   environment in which the wall clock is another, and the monotonic clock is not
+    Clock        the same, and it can be set while the process runs
     memory_limit()  a cgroup with a memory limit
 """
 
@@ -45,6 +46,21 @@ def faketime(shift):
     libraries = sorted(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))
     assert libraries, "no libfaketime: scripts/setup.sh installs it"
     return {"LD_PRELOAD": str(libraries[0]), "FAKETIME": shift, "FAKETIME_DONT_FAKE_MONOTONIC": "1", "TZ": "UTC"}
+
+
+class Clock:
+    """The wall clock of a process: `environment` is for it. set() as faketime() has it; it takes up to a second to be seen."""
+
+    def __init__(self, directory):
+        self._file = Path(directory) / "clock"
+        self.set("+0")
+        self.environment = {**faketime(""), "FAKETIME_TIMESTAMP_FILE": str(self._file), "FAKETIME_CACHE_DURATION": "1"}
+        del self.environment["FAKETIME"]  # it would beat the file
+
+    def set(self, shift):
+        new = self._file.with_suffix(".new")
+        new.write_text(f"{shift}\n")
+        new.replace(self._file)
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ import base64
 import itertools
 import json
 import os
+import re
 import subprocess
 import time
 from pathlib import Path
@@ -27,7 +28,7 @@ SERVICE, TESTER = ("service", "hush-mqtt-4711"), ("tester", "hush-test-4712")
 MONGO_SECRET = "hush-mongo-4713"
 SECRETS = (SERVICE[1], MONGO_SECRET)
 AS_TESTER = {"username": TESTER[0], "password": TESTER[1]}
-SUBSCRIBED = "subscribed to sensors/#"
+SUBSCRIBED = "subscribed to sensors/#"  # with the default consumer.topic
 FRESH = "sensors/fresh"
 
 
@@ -50,7 +51,7 @@ class Kept:
     compared with what was published."""
 
     def __init__(self, scene, payload_of=payload_of):
-        self.copies, self.other, self.payload_of = {}, set(), payload_of
+        self.copies, self.payload_of = {}, payload_of
         for line in scene.export():  # before MongoDB: what leaves the spool meanwhile is there
             self._take(line["topic"], base64.b64decode(line["payload"]["$binary"]["base64"]))
         self.spooled = sum(self.copies.values())
@@ -62,8 +63,7 @@ class Kept:
         self.twice = sum(self.copies.values()) - len(self.copies)
 
     def _take(self, topic, payload):
-        if not topic.startswith("sensors/device-"):
-            self.other.add(payload if isinstance(payload, str) else json.loads(payload))
+        if not topic.startswith("sensors/device-"):  # a test's own, which it looks at itself
             return
         if isinstance(payload, bytes):
             number = number_of(payload)
@@ -95,12 +95,13 @@ class Scene:
         self.payload_of = payload_of
         self._database = None
         # All the time: the broker forgets a count that has not changed for a minute.
-        self._counter = clients.Subscriber(broker.port, "$SYS/broker/publish/messages/dropped", **AS_TESTER)
+        self._counter = clients.Subscriber(broker.plain_port, "$SYS/broker/publish/messages/dropped", **AS_TESTER)
     def start(self):
         """Start the service (again), and wait until it has subscribed: from then on nothing that is published escapes."""
         mark = self.running.mark()
         self.running.start()
-        self.running.wait_log(SUBSCRIBED, timeout=30, after=mark)
+        filter_ = self.running.settings.get("consumer.topic", "sensors/#")
+        self.running.wait_log(re.escape(f"subscribed to {filter_} at QoS 1"), timeout=30, after=mark)
         return self
 
     def __enter__(self):
@@ -119,12 +120,12 @@ class Scene:
     # ---- publishing
 
     def stream(self, pace, window=500):
-        return Stream(self.broker.port, pace, payload_of=self.payload_of, window=window, **AS_TESTER)
+        return Stream(self.broker.plain_port, pace, payload_of=self.payload_of, window=window, **AS_TESTER)
 
     def publish(self, count, **options):
         """The next `count` numbers, in one go; not beside a stream. The broker acknowledges them all."""
         first, self._next = self._next, self._next + count
-        taken = clients.publish(self.broker.port, [self.payload_of(first + index) for index in range(count)],
+        taken = clients.publish(self.broker.plain_port, [self.payload_of(first + index) for index in range(count)],
                                 lambda index: topic_of(first + index), **AS_TESTER, **options)
         assert len(taken) == count
         self.published |= set(range(first, first + count))
@@ -133,6 +134,15 @@ class Scene:
         """How many messages the broker has dropped, by its own count; the most in one of its lives."""
         pause(1.5)  # it counts once a second
         return max(int(message.payload) for message in self._counter.wait(1))
+
+    def unread(self):
+        """How many bytes the kernel holds that the service has not read from the broker."""
+        waiting = 0
+        for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+            _, _, remote, _, queues, *_ = line.split()
+            if int(remote.partition(":")[2], 16) == self.broker.port:
+                waiting += int(queues.partition(":")[2], 16)
+        return waiting
 
     # ---- the spool, as an operator sees it
 
@@ -166,7 +176,7 @@ class Scene:
     def wait_settled(self, timeout=60):
         """Wait until the service has nothing in flight and the broker nothing more for it: a last message shows it."""
         end = f"end {next(self._ends)}"
-        assert clients.publish(self.broker.port, [json.dumps(end)], "sensors/end", **AS_TESTER)
+        assert clients.publish(self.broker.plain_port, [json.dumps(end)], "sensors/end", **AS_TESTER)
         wait_until(lambda: self._arrived(end), timeout, lambda: f"the last message arrives: {self.state()}", interval=0.2)
         wait_until(lambda: self.running.sums()["consumer"]["in_flight"] == 0, timeout, self.state)
 
@@ -196,7 +206,7 @@ class Scene:
         sums = self.running.stop(timeout=30)["consumer"]
         kept = Kept(self, self.payload_of)
         missing = kept.missing(acknowledged)
-        left = clients.take_session(self.broker.port, SESSION, **AS_TESTER)
+        left = clients.take_session(self.broker.plain_port, SESSION, **AS_TESTER)
         held = {"messages": len(acknowledged), "faults": faults, "lost": len(missing - may_miss), "duplicates": kept.twice,
                 "dropped_by_broker": dropped, **further}
         print(f"held {name}: " + "  ".join(f"{key} {value}" for key, value in held.items()))
@@ -208,7 +218,7 @@ class Scene:
 
     def _fresh_messages_arrive(self):
         fresh = [json.dumps(f"fresh {number}") for number in range(20)]
-        assert len(clients.publish(self.broker.port, fresh, FRESH, **AS_TESTER)) == 20
+        assert len(clients.publish(self.broker.plain_port, fresh, FRESH, **AS_TESTER)) == 20
         wait_until(lambda: self.database.messages.count_documents({"topic": FRESH}) >= 20, 30,
                    lambda: f"20 fresh messages arrive: {self.state()}")
 
