@@ -30,8 +30,9 @@ enum {
 	ENDING_MS = 50,
 	REQUEST_BYTES = 16384, /* libmicrohttpd's memory for one connection */
 	BACKLOG = 128,
-	SHARE = 10,        /* serving takes at most one SHAREth of the time */
-	CREDIT_US = 20000, /* but so much at once */
+	SHARE = 10,            /* serving takes at most one SHAREth of the time */
+	CREDIT_US = 20000,     /* but so much at once */
+	COST_MOST_US = 100000, /* of one turn; longer, and the process was frozen or had no processor meanwhile */
 };
 
 struct client {
@@ -183,7 +184,8 @@ static uint64_t charge(struct http *http, uint64_t begun, uint64_t ended)
 	http->credit_us += (int64_t)((begun - http->credit_at) / 1000 / SHARE);
 	if (http->credit_us > CREDIT_US)
 		http->credit_us = CREDIT_US;
-	http->credit_us -= (int64_t)((ended - begun) / 1000);
+	int64_t cost_us = (int64_t)((ended - begun) / 1000);
+	http->credit_us -= cost_us < COST_MOST_US ? cost_us : COST_MOST_US;
 	http->credit_at = ended;
 	return http->credit_us < 0 ? (uint64_t)-http->credit_us * SHARE / 1000 + 1 : 0;
 }

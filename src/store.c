@@ -22,8 +22,10 @@
 #include <string.h>
 
 enum {
-	CHUNK_BYTES = 8 * 1024 * 1024, /* far below the driver's 48 MB per wire message */
+	CHUNK_BYTES = 4 * 1024 * 1024, /* far below the driver's 48 MB per wire message */
 	CHUNK_KEPT = 2 * 1024 * 1024,
+	LARGE_BYTES = 64 * 1024,
+	GROWTH_MOST = 7,            /* BSON of JSON such as [1,1,1,…] */
 	SERVER_SELECTION_MS = 3000, /* at most two of them in a row, when it stops without MongoDB */
 	CONNECT_MS = 5000,
 	SOCKET_MS = 20000,
@@ -680,6 +682,11 @@ static void add_message(struct write *write, size_t index)
 	struct batch_message *message = &write->batch->messages[index];
 	const struct id_rule *rule = &write->store->config->consumer.id;
 	struct document_fault fault;
+	/* Before it grows: two large documents in one buffer, and what the driver copies of them, add up for each
+	 * worker. */
+	if (chunk->count > 0 && message->payload_length >= LARGE_BYTES &&
+	    chunk->bytes.length + (size_t)message->payload_length * GROWTH_MOST > CHUNK_BYTES)
+		flush_chunk(write, chunk);
 	size_t start = chunk->bytes.length;
 	if (!document_build(write->batch, message, rule, &chunk->bytes, &fault)) {
 		bury(write, index, &fault);
