@@ -15,6 +15,8 @@ import skips
 from processes import Process, accepts, free_port, wait_until
 from service import Service, check_sums
 
+pytestmark = pytest.mark.not_sanitized("it is about the tests' own tools")
+
 
 def test_a_message_goes_through_the_broker(mosquitto):
     broker = mosquitto()

@@ -602,6 +602,7 @@ def _reset(port, ending):
 ATTACKS = [_idle, _drip, _large_header, _garbage, _never_read, _pipeline, _churn, _flood, _reset]
 
 
+@pytest.mark.not_sanitized("it is about time")
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("attack", ATTACKS, ids=["idle", "drip", "large header", "garbage", "never read", "pipeline", "churn", "flood",
                                                  "reset"])

@@ -19,6 +19,7 @@ from processes import TIME_FACTOR, wait_until
 from service import BUILD, GATE_OPEN_BUILD
 from stream import CLIENT, END, SESSION, Stored, Stream, content_of, figures, seeded, topic_of
 
+pytestmark = pytest.mark.not_sanitized("it is about moments: a process that is killed has no word with its sanitizer")
 QUICK = {"mqtt.client_id": CLIENT, "mqtt.reconnect.min": "100ms", "mqtt.reconnect.max": "500ms"}
 
 
