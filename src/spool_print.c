@@ -21,7 +21,13 @@
 #include <sys/stat.h>
 #include <time.h>
 
-enum { BUSY_MS = 2000, ROWS_AT_ONCE = 1000, BYTES_AT_ONCE = 8 * 1024 * 1024 };
+enum {
+	BUSY_MS = 2000,
+	ROWS_AT_ONCE = 1000,
+	BYTES_AT_ONCE = 8 * 1024 * 1024,
+	BEGINNINGS = 5, /* looks at a file that is being made, */
+	BEGINNING_MS = 100,
+};
 
 struct view {
 	const struct config_spool *config;
@@ -98,6 +104,13 @@ static bool open_view(struct view *view)
 		return false;
 	}
 	int code = open_name(view, path, 0);
+	/* A service may be making it at this moment. */
+	for (int i = 0; i < BEGINNINGS && code == SQLITE_NOTADB; i++) {
+		sqlite3_close_v2(view->database);
+		view->database = NULL;
+		sqlite3_sleep(BEGINNING_MS);
+		code = open_name(view, path, 0);
+	}
 	/* Without the right to make the log's index, and without a log. */
 	if (((code & 0xff) == SQLITE_CANTOPEN || (code & 0xff) == SQLITE_READONLY) && size_of(path, "-wal") == 0) {
 		char *name = immutable_name(path);
