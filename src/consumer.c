@@ -351,6 +351,12 @@ void consumer_hurry(struct consumer *consumer)
 		qos0_hurry(consumer->qos0);
 }
 
+bool consumer_is_done(const struct consumer *consumer)
+{
+	bool connected = consumer->lane != NULL || consumer->leftover != NULL || consumer->qos0 != NULL;
+	return consumer->stopping && !connected && !consumer->saving && consumer->opened;
+}
+
 const char *consumer_status(const struct consumer *consumer)
 {
 	if (consumer->stopping)

@@ -36,6 +36,10 @@ void consumer_stop(struct consumer *consumer, void (*stopped)(void *owner));
  * still waited for. */
 void consumer_hurry(struct consumer *consumer);
 
+/* While stopping: every message is durable and every connection closed. What may still be under way are attempts to
+ * store what is in the spool; nothing depends on them. */
+bool consumer_is_done(const struct consumer *consumer);
+
 /* For the status line: "consuming", "holding, MongoDB does not answer", … Static. */
 const char *consumer_status(const struct consumer *consumer);
 

@@ -164,9 +164,9 @@ static void probe_done(uv_work_t *job, int status)
 		say_trouble(delivery, &delivery->probe_report);
 		set_away(delivery);
 	} else {
-		/* After handing back again and again a ping proves little, for it is writing that fails: the next
-		 * attempt to write decides. */
-		if (delivery->handbacks <= 1)
+		/* A ping proves little after handing back again and again, or where the drain is about to write: then
+		 * the next attempt to write decides. */
+		if (delivery->handbacks <= 1 && !outbox_is_draining(delivery->outbox))
 			set_present(delivery);
 		take_again(delivery);
 	}
@@ -185,7 +185,8 @@ static void retry_due(uv_timer_t *timer)
 	struct delivery_parcel *parcel = first_in(delivery, WAITING);
 	if (delivery->refusing && outbox_is_usable(delivery->outbox))
 		take_again(delivery);
-	else if (parcel == NULL && !delivery->probe_runs)
+	else if (parcel == NULL && !delivery->probe_runs &&
+	         (delivery->refusing || !outbox_is_draining(delivery->outbox)))
 		start_probe(delivery);
 	for (; parcel != NULL; parcel = first_in(delivery, WAITING))
 		parcel->phase = READY;
@@ -337,6 +338,7 @@ static void start_worker(struct worker *worker, struct delivery_parcel *parcel)
 	struct delivery *delivery = worker->delivery;
 	parcel->phase = STORING;
 	parcel->storing = true;
+	parcel->overdue = false;
 	parcel->started_at = uv_now(delivery->loop);
 	worker->parcel = parcel;
 	if (parcel->batch.count > delivery->counters->largest_batch)
@@ -344,12 +346,18 @@ static void start_worker(struct worker *worker, struct delivery_parcel *parcel)
 	uv_queue_work(delivery->loop, &worker->job, store_work, store_done);
 }
 
-static struct worker *idle_worker(struct delivery *delivery)
+/* A worker for the parcel, or NULL. One of several is kept for messages whose broker waits for us. */
+static struct worker *idle_worker(struct delivery *delivery, const struct delivery_parcel *parcel)
 {
-	for (int i = 0; i < delivery->worker_count; i++)
-		if (delivery->workers[i].parcel == NULL)
-			return &delivery->workers[i];
-	return NULL;
+	struct worker *first = NULL;
+	int count = 0;
+	for (int i = 0; i < delivery->worker_count; i++) {
+		if (delivery->workers[i].parcel != NULL)
+			continue;
+		first = &delivery->workers[i];
+		count++;
+	}
+	return parcel->sender->spools || count > 1 || delivery->worker_count == 1 ? first : NULL;
 }
 
 /* While MongoDB is away, or one parcel waits for its next attempt, the others need not run into the same wall. */
@@ -365,7 +373,7 @@ static void start_ready(struct delivery *delivery)
 		struct delivery_parcel *waiting = first_in(delivery, WAITING);
 		bool hopeless = delivery->away && outbox_is_usable(delivery->outbox);
 		bool behind = waiting != NULL && waiting->sender->spools >= parcel->sender->spools;
-		if (hopeless || behind || (worker = idle_worker(delivery)) == NULL)
+		if (hopeless || behind || (worker = idle_worker(delivery, parcel)) == NULL)
 			return;
 		start_worker(worker, parcel);
 	}
@@ -434,15 +442,22 @@ static uint64_t overdue_at(const struct delivery_parcel *parcel)
 	return parcel->started_at + (uint64_t)parcel->delivery->config->spool.after_ms;
 }
 
+static bool may_be_overdue(const struct delivery_parcel *parcel)
+{
+	return parcel->phase == STORING && !parcel->overdue && outbox_is_usable(parcel->delivery->outbox);
+}
+
 /* An attempt takes longer than a broker should wait for its acknowledgement. */
 static void overdue_due(uv_timer_t *timer)
 {
 	struct delivery *delivery = container_of(timer, struct delivery, overdue);
 	for (size_t i = 0; i < delivery->parcel_count; i++) {
 		struct delivery_parcel *parcel = delivery->parcels[i];
-		if (parcel->phase != STORING || !may_spool(parcel) || overdue_at(parcel) > uv_now(delivery->loop))
+		if (!may_be_overdue(parcel) || overdue_at(parcel) > uv_now(delivery->loop))
 			continue;
-		parcel->phase = QUEUED;
+		parcel->overdue = true;
+		if (may_spool(parcel))
+			parcel->phase = QUEUED;
 		set_away(delivery);
 	}
 	advance(delivery);
@@ -453,7 +468,7 @@ static void arm_overdue(struct delivery *delivery)
 	uint64_t first = UINT64_MAX, now = uv_now(delivery->loop);
 	for (size_t i = 0; i < delivery->parcel_count; i++) {
 		struct delivery_parcel *parcel = delivery->parcels[i];
-		if (parcel->phase == STORING && may_spool(parcel) && overdue_at(parcel) < first)
+		if (may_be_overdue(parcel) && overdue_at(parcel) < first)
 			first = overdue_at(parcel);
 	}
 	if (first == UINT64_MAX)

@@ -32,6 +32,7 @@ struct delivery_parcel {
 	struct delivery_sender *sender; /* NULL: free */
 	unsigned phase;                 /* delivery.c's */
 	bool storing, spooling;         /* jobs that hold the batch */
+	bool overdue;                   /* the attempt under way takes too long */
 	bool reported, given_up;
 	enum metrics_cause cause; /* of giving up */
 	uint64_t submitted_at;    /* uv_hrtime() */

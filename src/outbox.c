@@ -112,7 +112,7 @@ static void say_size(struct outbox *outbox)
 static void note_state(struct outbox *outbox)
 {
 	struct metrics_consumer *counters = outbox->counters;
-	if (outbox->spool == NULL)
+	if (outbox->spool == NULL || outbox->running == JOB_CLOSE) /* a handler may have had it closed */
 		return;
 	spool_status(outbox->spool, &outbox->status);
 	counters->spool_messages = outbox->status.messages;
@@ -223,6 +223,7 @@ static void open_done(struct outbox *outbox)
 		note_failure(outbox);
 	else if (outbox->spool != NULL)
 		outbox->state = SPOOL_OK;
+	note_state(outbox);
 	outbox->handler.opened(outbox->owner, outbox->spool == NULL && !is_off(outbox) ? outbox->error : NULL);
 }
 

@@ -14,6 +14,7 @@
 #include "publisher.h"
 #include "state.h"
 
+#include <errno.h>
 #include <mosquitto.h>
 #include <signal.h>
 #include <stdio.h>
@@ -27,6 +28,8 @@ enum {
 	EXTRA_THREADS =
 	    6, /* for the spool, its drain, name resolution, connects and files, beside the storing workers */
 	SIGNALS = 4,
+	LOOP_DESCRIPTORS = 8,
+	PATIENCE_MS = 250,
 };
 
 #define MIB 1048576.0
@@ -51,13 +54,14 @@ struct service {
 	bool consumer_ran, publisher_ran, consumer_stopping, publisher_stopping;
 
 	uv_signal_t signals[SIGNALS];
-	uv_timer_t shutdown, status, published; /* the last one: away from the publisher's own calls */
+	uv_timer_t shutdown, patience, status, published; /* the last one: away from the publisher's own calls */
 	uv_prepare_t prepare;
 	struct metrics_loop lag;
 	uint64_t last_hrtime, last_idle;
 	int64_t started_ms;                   /* wall clock */
 	uint64_t status_stored, status_acked; /* at the last status line */
 	bool stopping, hurried, finishing, finished;
+	unsigned done_for_ms; /* while stopping: nothing was left to be done */
 	int exit_code;
 };
 
@@ -421,6 +425,14 @@ static void finish_when_stopped(struct service *service)
 		http_stopped(service);
 }
 
+/* Without waiting for workers that hang. */
+static void leave(struct service *service)
+{
+	log_status(NULL);
+	print_sums(service);
+	_exit(service->exit_code);
+}
+
 static void shutdown_timed_out(uv_timer_t *timer)
 {
 	struct service *service = container_of(timer, struct service, shutdown);
@@ -428,9 +440,7 @@ static void shutdown_timed_out(uv_timer_t *timer)
 		log_warn("service",
 		         "name resolution, MongoDB or the broker still keeps it; exiting without waiting. What "
 		         "is in flight was not acknowledged and comes again");
-		log_status(NULL);
-		print_sums(service);
-		_exit(service->exit_code);
+		leave(service);
 	}
 	log_warn("service", "shutdown_timeout has passed; handing back what is not stored");
 	service->hurried = true;
@@ -443,11 +453,25 @@ static void shutdown_timed_out(uv_timer_t *timer)
 		consumer_hurry(service->consumer);
 }
 
+/* Attempts to reach MongoDB may hang for as long as the driver's time-outs: they are worth waiting for only while a
+ * message depends on them. */
+static void look_for_the_end(uv_timer_t *timer)
+{
+	struct service *service = container_of(timer, struct service, patience);
+	bool done = service->publisher == NULL && service->consumer != NULL && consumer_is_done(service->consumer);
+	service->done_for_ms = done ? service->done_for_ms + PATIENCE_MS : 0;
+	if (service->done_for_ms < UNSTOPPABLE_MS)
+		return;
+	log_info("service", "every message is durable; not waiting for MongoDB to answer an attempt under way");
+	leave(service);
+}
+
 void service_stop(struct service *service)
 {
 	if (service->stopping)
 		return;
 	service->stopping = true;
+	uv_timer_start(&service->patience, look_for_the_end, PATIENCE_MS, PATIENCE_MS);
 	uv_timer_stop(&service->published);
 	if (service->check != NULL)
 		count_check_stop(service->check);
@@ -500,6 +524,20 @@ static void size_thread_pool(const struct config *config)
 	setenv("UV_THREADPOOL_SIZE", threads, 1);
 }
 
+/* libuv aborts when it finds no descriptor for the pipe of its signals. */
+static bool has_descriptors(void)
+{
+	int descriptors[LOOP_DESCRIPTORS];
+	int count = 0;
+	while (count < LOOP_DESCRIPTORS && (descriptors[count] = dup(STDERR_FILENO)) >= 0)
+		count++;
+	int reason = errno;
+	for (int i = 0; i < count; i++)
+		close(descriptors[i]);
+	errno = reason;
+	return count == LOOP_DESCRIPTORS || reason == EBADF; /* without standard error nothing can be told */
+}
+
 struct service *service_create(const struct config *config, char *error, size_t error_size)
 {
 	struct state *state = state_open(config->state_dir, error, error_size);
@@ -517,10 +555,19 @@ struct service *service_create(const struct config *config, char *error, size_t 
 	service->started_ms = clock_wall_ms();
 	size_thread_pool(config);
 	signal(SIGPIPE, SIG_IGN); /* the libraries write to sockets that may be gone */
+	int result = has_descriptors() ? uv_loop_init(&service->loop) : uv_translate_sys_error(errno);
+	if (result != 0) {
+		snprintf(error, error_size,
+		         "cannot start the event loop: %s; has the process enough file descriptors (ulimit -n)?",
+		         uv_strerror(result));
+		state_close(state);
+		free(service);
+		return NULL;
+	}
 	mosquitto_lib_init();
-	uv_loop_init(&service->loop);
 	uv_loop_configure(&service->loop, UV_METRICS_IDLE_TIME);
 	uv_timer_init(&service->loop, &service->shutdown);
+	uv_timer_init(&service->loop, &service->patience);
 	uv_timer_init(&service->loop, &service->status);
 	uv_timer_init(&service->loop, &service->published);
 	uv_prepare_init(&service->loop, &service->prepare);

@@ -120,12 +120,13 @@ class Link:
                 client, _ = self._listener.accept()
                 try:
                     server = socket.create_connection(("127.0.0.1", self.target))
+                    self._ends += [client, server]
+                    for end in (client, server):  # which may be gone again by now
+                        end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 except OSError:
                     client.close()
                     continue
-                self._ends += [client, server]
                 for source, sink in ((client, server), (server, client)):
-                    sink.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                     passing = queue.SimpleQueue()
                     threading.Thread(target=self._read, args=[source, passing], daemon=True).start()
                     threading.Thread(target=self._write, args=[source, sink, passing, sink is client], daemon=True).start()

@@ -105,7 +105,6 @@ def test_fewer(scene):
     it.conclude("few_descriptors, fewer", faults=len(figures), at=figures)
 
 
-@pytest.mark.xfail(reason="without descriptors for its loop it crashes at the start and says nothing")
 @pytest.mark.parametrize("limit", [4, 6, 8])
 def test_fewer_than_a_loop_needs(scene, limit):
     it = scene(start=False)
