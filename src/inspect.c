@@ -192,7 +192,7 @@ static void describe_spool(const struct config_spool *config)
 		    "would     hold what MongoDB does not take, and hand it back to the broker: spool.max_size is 0\n");
 	else
 		printf("would     keep what MongoDB does not take within %lld ms in %s, at most %lld MiB%s\n",
-		       (long long)config->after_ms, config->path, (long long)(config->max_size / (1024 * 1024)),
+		       (long long)config->after_ms, config->path, (long long)(config->max_size >> 20),
 		       config->max_size_set ? "" : " and a quarter of the free disk space");
 }
 

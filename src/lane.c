@@ -11,6 +11,7 @@
 
 enum {
 	BATCHES_PER_ROUND = 4,
+	TIMERS = 3,
 	HOLD_MARGIN_MS = 2000,
 	KEEPALIVE_DEFAULT_MS = 60000,
 	QUIET_MS = 1000,  /* a session left behind is empty when it is silent this long, */
@@ -348,10 +349,10 @@ struct lane *lane_create(uv_loop_t *loop, const struct lane_options *options, co
 	lane->hold_ms = hold_limit(0);
 	lane->counters->connections += options->filter != NULL;
 	lane->sender = (struct delivery_sender){.settled = on_settled, .spools = true};
-	uv_timer_t *timers[] = {&lane->hold, &lane->linger, &lane->silence};
-	for (size_t i = 0; i < sizeof timers / sizeof *timers; i++)
+	uv_timer_t *timers[TIMERS] = {&lane->hold, &lane->linger, &lane->silence};
+	for (int i = 0; i < TIMERS; i++)
 		uv_timer_init(loop, timers[i]);
-	lane->handles = sizeof timers / sizeof *timers;
+	lane->handles = TIMERS;
 	struct mqtt_options mqtt = {
 	    .config = &options->config->mqtt, .client_id = options->client_id, .name = options->name};
 	lane->mqtt = mqtt_create(loop, &mqtt, &mqtt_handler, lane);
@@ -394,10 +395,10 @@ static void handle_closed(uv_handle_t *handle)
 static void mqtt_closed(void *owner)
 {
 	struct lane *lane = owner;
-	uv_timer_t *timers[] = {&lane->hold, &lane->linger, &lane->silence};
+	uv_timer_t *timers[TIMERS] = {&lane->hold, &lane->linger, &lane->silence};
 	lane->mqtt = NULL;
 	note_down(lane);
-	for (size_t i = 0; i < sizeof timers / sizeof *timers; i++) {
+	for (int i = 0; i < TIMERS; i++) {
 		timers[i]->data = lane;
 		uv_close((uv_handle_t *)timers[i], handle_closed);
 	}

@@ -53,14 +53,14 @@ static int sync_or_fail(const char *name, int descriptor)
 	return real.function(descriptor);
 }
 
-int fsync(int descriptor);
-int fsync(int descriptor)
+int fsync(int fd);
+int fsync(int fd)
 {
-	return sync_or_fail("fsync", descriptor);
+	return sync_or_fail("fsync", fd);
 }
 
-int fdatasync(int descriptor);
-int fdatasync(int descriptor)
+int fdatasync(int fildes);
+int fdatasync(int fildes)
 {
-	return sync_or_fail("fdatasync", descriptor);
+	return sync_or_fail("fdatasync", fildes);
 }
