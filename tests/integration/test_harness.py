@@ -60,7 +60,7 @@ def test_publish_tells_what_was_acknowledged_when_the_broker_dies(mosquitto):
     with clients.Subscriber(broker.port) as subscriber:
         subscriber.wait(100)
         broker.kill9()
-    assert 100 <= len(join()) < 100_000
+    assert 1 <= len(join()) < 100_000
 
 
 def test_publish_more_messages_than_there_are_packet_identifiers(mosquitto):
