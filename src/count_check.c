@@ -8,7 +8,8 @@
  * RUN_QUIET_MS.
  *
  * What it costs: an ObjectId begins with the time it was made, so the index on _id, which every collection has, leads
- * to the documents since the run began; only those are looked at, whosever they are.
+ * to the documents since the run began; only those are looked at, whosever they are. With ids from the messages there
+ * is no such index, and the whole collection is read.
  */
 #include "count_check.h"
 

@@ -340,8 +340,7 @@ static bool has_code(const bson_iter_t *reason, const char *code)
 	       strcmp(bson_iter_utf8(&iter, NULL), code) == 0;
 }
 
-/* Keep a field of the right type in `record`. False: its value cannot be one of ours. */
-/* The user properties as they are kept with a message. */
+/* The user properties as they are kept with a message. False: they cannot be ours. */
 static bool read_properties(const bson_iter_t *iter, struct buffer *properties)
 {
 	bson_iter_t pair;
@@ -363,6 +362,7 @@ static bool read_properties(const bson_iter_t *iter, struct buffer *properties)
 	return known;
 }
 
+/* Keep a field of the right type in `record`. False: its value cannot be one of ours. */
 static bool read_field(int field, const bson_iter_t *iter, struct batch_record *record, enum document_letter *kind,
                        struct buffer *properties)
 {

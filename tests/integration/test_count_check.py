@@ -68,6 +68,14 @@ def test_others_do_not_count(mosquitto, mongod, service, collection):
     assert collection.count_documents({"payload.run": runs[0]}) == 900
 
 
+@pytest.mark.parametrize("rule", ["/sequence", "/run,/sequence", "topic,/sequence"])
+def test_ids_from_the_messages(mosquitto, mongod, service, collection, rule):
+    """Nothing in such an _id says when it was made."""
+    running = both(service, mosquitto(), mongod, collection, 1000, **{"consumer.id": rule})
+    assert running.finish()["check"] == check(1000, 1000)
+    assert not said(running, "error") and collection.count_documents({"_id": {"$type": "objectId"}}) == 0
+
+
 def test_only_where_both_roles_run(mosquitto, mongod, service, collection):
     broker = mosquitto()
     running = service(broker=broker, role="publisher", settings={"publisher.count": 10, "publisher.rate": "100/s"})
@@ -127,7 +135,8 @@ def test_what_stays_in_the_spool_is_missing(mosquitto, fresh_mongod, service):
     running.wait_stored(500)
     server.kill9()
     sums = running.finish(expect=1, timeout=90)
-    assert sums["consumer"]["spooled"] > 500 and "spool" in running.log
+    assert sums["consumer"]["spooled"] > 500 and "check" not in sums
+    assert [said(running, "error")[0].partition(":")[0]] == ["cannot count the messages of this run"]
 
 
 # --- something is missing --------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ import clients
 from processes import Process, wait_until
 from servers import _program, _start_listening
 from test_kill import QUICK, Stored, Stream, kill_at_random_moments, seeded, settle
+from test_replay import refuse_all, refuse_nothing, replay, result, summary
 
 MANY = 5000
 
@@ -301,6 +302,36 @@ def test_a_conflict_is_a_dead_letter(mosquitto, mongod, mongo, service, database
     for letter in letters:
         said = letter["reason"]["message"]
         assert "another message is stored under this _id" in said and '"id" : "x", "run" : "r\u00fcn"' in said, said
+
+
+def test_a_replay_makes_the_same_ids(mosquitto, mongod, mongo, service, database, collection):
+    """The _id of a replayed dead letter is made of its user properties again: redeliveries meet it."""
+    rule = {"consumer.id": json.dumps(["/n", "user-property:run"])}
+    broker = mosquitto()
+    messages = [("sensors/a", b'{"n": 1}', [("run", "r\u00fcn"), ("unnamed", "x")]), ("sensors/a", b'{"n": 2}', [("run", "")]),
+                ("sensors/a", b'{"n": 3}', []), ("sensors/a", b'{"n": 4, "a": 1}', [("run", "r")]),
+                ("sensors/a", b'{"n": 5}', [("run", "r")])]
+    refuse_all(collection)
+    running = consuming(service, broker, mongod, database, rule["consumer.id"])
+    publish_with(broker.port, messages)
+    only(wait_settled(running, 5), dead_lettered=5)
+    running.stop()
+    letters = mongo[database].dead_letter
+    object_ids = {letter["_id"] for letter in letters.find()}
+
+    refuse_nothing(collection)
+    collection.insert_many([{"_id": SON([("n", 4), ("run", "r")]), "topic": "sensors/a", "payload": {"n": 4, "a": 2}},
+                            {"_id": SON([("n", 5), ("run", "r")]), "topic": "sensors/a", "payload": {"n": 5}}])
+    assert result(replay(service, mongod, collection, **rule)) == summary(5, 4, {"id_conflict": 1})
+    assert [letter["payload"] for letter in letters.find()] == [messages[3][1]]
+    stored = {document["payload"]["n"]: document["_id"] for document in collection.find({"payload.n": {"$lte": 3}})}
+    assert stored[1] == {"n": 1, "run": "r\u00fcn"} and stored[2] == {"n": 2, "run": ""} and stored[3] in object_ids
+    assert collection.count_documents({}) == 5
+
+    running = consuming(service, broker, mongod, database, rule["consumer.id"])
+    publish_with(broker.port, messages[:2])
+    only(wait_settled(running, 2), duplicates=2)
+    running.stop()
 
 
 def test_numbers_that_are_equal_to_mongodb(mosquitto, mongod, mongo, service, database, collection):

@@ -718,6 +718,41 @@ static void user_properties_of_a_dead_letter(void **state)
 
 /* ---- read back ---- */
 
+/* The message's user properties, so that the same _id is made of it again. */
+static void user_properties_are_read_back(void **state)
+{
+	static const char *const values[] = {"", "\xc3\xa4 7", "bad\xff"};
+	struct batch batch;
+	make_batch(&batch, TEXT("t"), TEXT("x"));
+	struct batch_message *message = batch.messages;
+	message->properties = batch.arena.length;
+	for (size_t i = 0; i < sizeof values / sizeof *values; i++)
+		id_keep_property(&batch.arena, "id", values[i]);
+	message->properties_length = (uint32_t)(batch.arena.length - message->properties);
+	struct document_fault fault = refused(&batch);
+	struct buffer out = dead_letter(&batch, &fault), properties = {0};
+	struct batch_record record;
+	bson_t letter;
+	assert_true(bson_init_static(&letter, out.data + OLD_LENGTH, out.length - OLD_LENGTH));
+	for (int again = 0; again < 2; again++) { /* nothing of the letter before is left in the buffer */
+		assert_int_equal(document_read_dead_letter(&letter, &record, &properties), DOCUMENT_LETTER_WHOLE);
+		assert_int_equal(record.properties_length, message->properties_length);
+		assert_memory_equal(record.properties, batch.arena.data + message->properties,
+		                    message->properties_length);
+	}
+	buffer_finish(&out);
+	batch_finish(&batch);
+	make_batch(&batch, TEXT("t"), TEXT("x"));
+	fault = refused(&batch);
+	out = dead_letter(&batch, &fault);
+	assert_true(bson_init_static(&letter, out.data + OLD_LENGTH, out.length - OLD_LENGTH));
+	assert_int_equal(document_read_dead_letter(&letter, &record, &properties), DOCUMENT_LETTER_WHOLE);
+	assert_int_equal(record.properties_length, 0);
+	buffer_finish(&properties);
+	buffer_finish(&out);
+	batch_finish(&batch);
+}
+
 /* The message of the batch is in its dead letter as it was. */
 static void assert_read_back(const struct batch *batch)
 {
@@ -817,6 +852,16 @@ static void strange_letters(void **state)
 	letter = letter_without("topic");
 	bson_append_utf8(letter, "topic", -1, "a\0b", 3);
 	assert_int_equal(read_and_free(letter), DOCUMENT_LETTER_STRANGE);
+	letter = letter_without(NULL);
+	BCON_APPEND(letter, "user_properties", "{", "id", BCON_INT32(7), "}");
+	assert_int_equal(read_and_free(letter), DOCUMENT_LETTER_STRANGE);
+	letter = letter_without(NULL);
+	BCON_APPEND(letter, "user_properties", "[", BCON_UTF8("7"), "]");
+	assert_int_equal(read_and_free(letter), DOCUMENT_LETTER_STRANGE);
+	letter = letter_without(NULL);
+	BCON_APPEND(letter, "user_properties", "{", "id", BCON_BIN(BSON_SUBTYPE_BINARY, (const uint8_t *)"a\0b", 3),
+	            "}");
+	assert_int_equal(read_and_free(letter), DOCUMENT_LETTER_STRANGE);
 	assert_int_equal(read_and_free(bson_new()), DOCUMENT_LETTER_STRANGE);
 }
 
@@ -838,6 +883,7 @@ static void letters_that_lack_something(void **state)
 	bson_t found;
 	assert_true(bson_init_static(&found, out.data + OLD_LENGTH, out.length - OLD_LENGTH));
 	assert_int_equal(document_read_dead_letter(&found, &record, &properties), DOCUMENT_LETTER_TOPIC);
+	buffer_finish(&properties);
 	buffer_finish(&out);
 	batch_finish(&batch);
 }
@@ -878,6 +924,7 @@ int main(void)
 	    cmocka_unit_test(ids_of_every_length),
 	    cmocka_unit_test(an_id_counts_for_the_limit),
 	    cmocka_unit_test(user_properties_of_a_dead_letter),
+	    cmocka_unit_test(user_properties_are_read_back),
 	    cmocka_unit_test(a_dead_letter_holds_its_message),
 	    cmocka_unit_test(strange_letters),
 	    cmocka_unit_test(letters_that_lack_something),
