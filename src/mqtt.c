@@ -15,6 +15,7 @@
 #define _GNU_SOURCE
 #include "mqtt.h"
 
+#include "backoff.h"
 #include "build.h"
 #include "log.h"
 #include "memory.h"
@@ -113,6 +114,7 @@ struct mqtt {
 };
 
 static void finish_close(struct mqtt *mqtt);
+static void free_when_closed(struct mqtt *mqtt);
 static void close_gracefully(struct mqtt *mqtt);
 static void read_burst(struct mqtt *mqtt);
 static void update_poll(struct mqtt *mqtt);
@@ -131,7 +133,7 @@ static void link_closed(uv_handle_t *handle)
 	close(link->fd);
 	free(link);
 	mqtt->handles--;
-	finish_close(mqtt);
+	free_when_closed(mqtt);
 }
 
 static void drop_link(struct mqtt *mqtt)
@@ -868,7 +870,7 @@ static void probe_closed(uv_handle_t *handle)
 	struct mqtt *mqtt = probe->mqtt;
 	free(probe);
 	mqtt->handles--;
-	finish_close(mqtt);
+	free_when_closed(mqtt);
 }
 
 static void drop_probe(struct mqtt *mqtt)
@@ -1004,15 +1006,12 @@ static void start_attempt(uv_timer_t *timer)
 }
 
 /* Doubling with every failure in a row, and a random half of it, so that many clients do not come back as one. */
-static uint64_t backoff_ms(const struct mqtt *mqtt)
+static uint64_t reconnect_delay(const struct mqtt *mqtt)
 {
 	if (mqtt->failures == 0)
 		return 0;
-	uint64_t delay = (uint64_t)mqtt->config->reconnect_min_ms, most = (uint64_t)mqtt->config->reconnect_max_ms;
-	for (unsigned i = 1; i < mqtt->failures && delay < most; i++)
-		delay *= 2;
-	if (delay > most)
-		delay = most;
+	uint64_t delay = backoff_ms(mqtt->failures, (uint64_t)mqtt->config->reconnect_min_ms,
+	                            (uint64_t)mqtt->config->reconnect_max_ms);
 	uint32_t random = 0;
 	uv_random(NULL, NULL, &random, sizeof random, 0, NULL);
 	return delay / 2 + random % (delay / 2 + 1);
@@ -1045,7 +1044,7 @@ void mqtt_connect(struct mqtt *mqtt)
 	if (mqtt->state != IDLE || mqtt->closing)
 		return;
 	mqtt->state = BACKOFF;
-	uv_timer_start(&mqtt->timer, start_attempt, backoff_ms(mqtt), 0);
+	uv_timer_start(&mqtt->timer, start_attempt, reconnect_delay(mqtt), 0);
 }
 
 void mqtt_subscribe(struct mqtt *mqtt, const char *filter, int qos)
@@ -1103,27 +1102,11 @@ void mqtt_give_up(struct mqtt *mqtt, const char *why)
 
 /* ---- closing ---- */
 
-static void handle_closed(uv_handle_t *handle)
+/* After each handle that has closed. One of an earlier connection, or a probe, may do so while a job of the next one
+ * runs: only finish_close() ends the client. */
+static void free_when_closed(struct mqtt *mqtt)
 {
-	struct mqtt *mqtt = handle->data;
-	mqtt->handles--;
-	finish_close(mqtt);
-}
-
-/* Called again whenever a handle has closed; the last one ends it. */
-static void finish_close(struct mqtt *mqtt)
-{
-	if (!mqtt->closing)
-		return;
-	if (mqtt->state != CLOSED) {
-		drop_connection(mqtt);
-		drop_client(mqtt);
-		mqtt->state = CLOSED;
-		mqtt->timer.data = mqtt->keepalive.data = mqtt;
-		uv_close((uv_handle_t *)&mqtt->timer, handle_closed);
-		uv_close((uv_handle_t *)&mqtt->keepalive, handle_closed);
-	}
-	if (mqtt->handles > 0)
+	if (mqtt->state != CLOSED || mqtt->handles > 0)
 		return;
 	void (*closed)(void *) = mqtt->closed;
 	void *owner = mqtt->owner;
@@ -1131,6 +1114,24 @@ static void finish_close(struct mqtt *mqtt)
 	free(mqtt->address);
 	free(mqtt);
 	closed(owner);
+}
+
+static void handle_closed(uv_handle_t *handle)
+{
+	struct mqtt *mqtt = handle->data;
+	mqtt->handles--;
+	free_when_closed(mqtt);
+}
+
+/* While closing, once: no job of ours runs any more. */
+static void finish_close(struct mqtt *mqtt)
+{
+	drop_connection(mqtt);
+	drop_client(mqtt);
+	mqtt->state = CLOSED;
+	mqtt->timer.data = mqtt->keepalive.data = mqtt;
+	uv_close((uv_handle_t *)&mqtt->timer, handle_closed);
+	uv_close((uv_handle_t *)&mqtt->keepalive, handle_closed);
 }
 
 static void close_timed_out(uv_timer_t *timer)
