@@ -308,8 +308,7 @@ static void delivery_stopped(void *owner)
 static void close_when_idle(struct consumer *consumer)
 {
 	tidy_state(consumer); /* what has been ended is not to be looked for at the next start */
-	bool connected = consumer->lane != NULL || consumer->leftover != NULL || consumer->qos0 != NULL;
-	if (connected || consumer->saving || !consumer->opened || consumer->closing)
+	if (!consumer_is_done(consumer) || consumer->closing)
 		return;
 	consumer->closing = true;
 	delivery_stop(consumer->delivery, delivery_stopped);

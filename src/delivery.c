@@ -17,6 +17,7 @@
  */
 #include "delivery.h"
 
+#include "backoff.h"
 #include "log.h"
 #include "memory.h"
 #include "outbox.h"
@@ -26,6 +27,7 @@
 #include <string.h>
 
 enum {
+	PARCELS_PER_ROUND = 4,
 	RETRY_FIRST_MS = 100,
 	RETRY_MOST_MS = 2000,
 	PROBE_MOST_MS = 5000,
@@ -80,14 +82,6 @@ struct delivery {
 };
 
 static void advance(struct delivery *delivery);
-
-static uint64_t retry_delay(unsigned attempts, uint64_t most)
-{
-	uint64_t delay = RETRY_FIRST_MS;
-	for (unsigned i = 1; i < attempts && delay < most; i++)
-		delay *= 2;
-	return delay < most ? delay : most;
-}
 
 /* ---- is MongoDB there? ---- */
 
@@ -203,8 +197,8 @@ static void arm_retry(struct delivery *delivery)
 	    uv_is_active((uv_handle_t *)&delivery->retry))
 		return;
 	uint64_t delay = waiting || !delivery->refusing || delivery->handbacks <= 1
-	                     ? retry_delay(++delivery->attempts, waiting ? RETRY_MOST_MS : PROBE_MOST_MS)
-	                     : retry_delay(delivery->handbacks + 3, HANDBACK_MOST_MS);
+	                     ? backoff_ms(++delivery->attempts, RETRY_FIRST_MS, waiting ? RETRY_MOST_MS : PROBE_MOST_MS)
+	                     : backoff_ms(delivery->handbacks + 3, RETRY_FIRST_MS, HANDBACK_MOST_MS);
 	uv_timer_start(&delivery->retry, retry_due, delay, 0);
 }
 
@@ -575,6 +569,13 @@ struct delivery_parcel *delivery_take(struct delivery *delivery, struct delivery
 size_t delivery_bytes(const struct delivery_parcel *parcel)
 {
 	return parcel->batch.arena.length + parcel->batch.count * sizeof *parcel->batch.messages;
+}
+
+bool delivery_is_full(const struct delivery_parcel *parcel)
+{
+	const struct config_consumer *config = &parcel->delivery->config->consumer;
+	return parcel->batch.count * PARCELS_PER_ROUND >= (size_t)config->batch_count ||
+	       parcel->batch.arena.length * PARCELS_PER_ROUND >= (size_t)config->batch_bytes;
 }
 
 void delivery_submit(struct delivery_parcel *parcel)

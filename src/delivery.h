@@ -57,6 +57,10 @@ struct delivery_parcel *delivery_take(struct delivery *delivery, struct delivery
 /* What the parcel's messages take in memory. */
 size_t delivery_bytes(const struct delivery_parcel *parcel);
 
+/* It is to leave: a round goes in four parcels or so, by count and bytes, so that workers store the first ones while
+ * the last ones are still being read. */
+bool delivery_is_full(const struct delivery_parcel *parcel);
+
 /* On its way; `settled` follows, never from within this call. */
 void delivery_submit(struct delivery_parcel *parcel);
 

@@ -89,18 +89,6 @@ static void put_binary_element(struct buffer *out, const char *name, const void 
 	buffer_append(out, bytes, length);
 }
 
-/* A text as MQTT wants it: UTF-8 without NUL (MQTT 5 §1.5.4). */
-static bool is_text(const char *text, size_t length)
-{
-	for (size_t at = 0; at < length;) {
-		size_t step = text[at] != 0 ? utf8_character((const uint8_t *)text + at) : 0;
-		if (step == 0)
-			return false;
-		at += step;
-	}
-	return true;
-}
-
 /* A string element from any bytes: what is not printable UTF-8 becomes \xNN; at most `most` characters of the text. */
 static void put_escaped_element(struct buffer *out, const char *name, const char *text, size_t length, size_t most)
 {
@@ -127,7 +115,7 @@ static void put_escaped_element(struct buffer *out, const char *name, const char
 /* As it came, so that the message can be stored from its dead letter; shown where BSON cannot hold it. */
 static void put_topic(struct buffer *out, const char *topic, size_t length)
 {
-	if (is_text(topic, length))
+	if (utf8_is_text(topic, length))
 		put_string_element(out, "topic", topic, length);
 	else
 		put_escaped_element(out, "topic", topic, length, length);
@@ -216,7 +204,8 @@ bool document_build(const struct batch *batch, const struct batch_message *messa
                     struct buffer *out, struct document_fault *fault)
 {
 	const char *topic = batch_topic(batch, message);
-	if (!is_text(topic, message->topic_length)) /* first: this reason tells that the dead letter lacks the topic */
+	/* First: this reason tells that the dead letter lacks the topic. */
+	if (!utf8_is_text(topic, message->topic_length))
 		return refuse(fault, DOCUMENT_TOPIC_UTF8, "topic is not UTF-8", 0);
 	if (message->oversized)
 		return refuse(fault, DOCUMENT_PAYLOAD_SIZE, "payload above consumer.max_payload", 0);
@@ -248,7 +237,7 @@ static void put_properties(struct buffer *out, const struct batch *batch, const 
 	put_name(out, BSON_DOCUMENT_TYPE, "user_properties");
 	size_t properties = open_document(out);
 	while (id_next_property(&at, end, &name, &value)) {
-		if (is_text(value, strlen(value)))
+		if (utf8_is_text(value, strlen(value)))
 			put_string_element(out, name, value, strlen(value));
 		else
 			put_binary_element(out, name, value, strlen(value));
@@ -374,7 +363,7 @@ static bool read_field(int field, const bson_iter_t *iter, struct batch_record *
 		return true;
 	case TOPIC:
 		record->topic = bson_iter_utf8(iter, &record->topic_length);
-		return is_text(record->topic, record->topic_length);
+		return utf8_is_text(record->topic, record->topic_length);
 	case PAYLOAD:
 		bson_iter_binary(iter, &subtype, &record->payload_length, &bytes);
 		record->payload = bytes;

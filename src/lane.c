@@ -10,7 +10,6 @@
 #include <string.h>
 
 enum {
-	BATCHES_PER_ROUND = 4,
 	TIMERS = 3,
 	HOLD_MARGIN_MS = 2000,
 	KEEPALIVE_DEFAULT_MS = 60000,
@@ -220,8 +219,7 @@ static void on_message(void *owner, const struct mqtt_message *message)
 	lane->counters->received++;
 	lane->counters->redelivered += message->dup;
 	lane->counters->received_qos0 += message->qos == 0;
-	if (batch->count * BATCHES_PER_ROUND >= (size_t)config->batch_count ||
-	    batch->arena.length * BATCHES_PER_ROUND >= (size_t)config->batch_bytes)
+	if (delivery_is_full(lane->filling))
 		close_batch(lane);
 }
 

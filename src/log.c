@@ -13,6 +13,7 @@
 #define _GNU_SOURCE
 #include "log.h"
 
+#include "clock.h"
 #include "utf8.h"
 
 #include <errno.h>
@@ -137,14 +138,9 @@ static void put_escaped(struct line *line, const char *text, bool json, bool cut
 
 static void put_time(struct line *line)
 {
-	struct timespec now;
-	struct tm utc;
-	char text[80];
-	clock_gettime(CLOCK_REALTIME, &now);
-	gmtime_r(&now.tv_sec, &utc);
-	int length = snprintf(text, sizeof text, "%04d-%02d-%02dT%02d:%02d:%02d.%03ldZ", utc.tm_year + 1900,
-	                      utc.tm_mon + 1, utc.tm_mday, utc.tm_hour, utc.tm_min, utc.tm_sec, now.tv_nsec / 1000000);
-	put(line, text, (size_t)length);
+	char text[40];
+	clock_format(clock_wall_ms(), text, sizeof text);
+	put(line, text, strlen(text));
 }
 
 static void put_literal(struct line *line, const char *text)

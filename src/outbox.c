@@ -14,6 +14,7 @@
  */
 #include "outbox.h"
 
+#include "backoff.h"
 #include "log.h"
 #include "memory.h"
 #include "spool.h"
@@ -82,14 +83,6 @@ struct outbox {
 
 static void advance(struct outbox *outbox);
 
-static uint64_t delay(unsigned attempts, uint64_t most)
-{
-	uint64_t delay = RETRY_FIRST_MS;
-	for (unsigned i = 1; i < attempts && delay < most; i++)
-		delay *= 2;
-	return delay < most ? delay : most;
-}
-
 /* ---- what is said of it ---- */
 
 static void say_size(struct outbox *outbox)
@@ -140,7 +133,7 @@ static void note_failure(struct outbox *outbox)
 	           "spool %s: %s; while MongoDB is away nothing more is acknowledged", full ? "full" : "failed",
 	           outbox->error);
 	if (!uv_is_active((uv_handle_t *)&outbox->test))
-		uv_timer_start(&outbox->test, test_now, delay(++outbox->tests, TEST_MOST_MS), 0);
+		uv_timer_start(&outbox->test, test_now, backoff_ms(++outbox->tests, RETRY_FIRST_MS, TEST_MOST_MS), 0);
 }
 
 static void note_success(struct outbox *outbox)
@@ -339,7 +332,7 @@ static void pause_over(uv_timer_t *timer)
 
 static void pause_drain(struct outbox *outbox)
 {
-	uv_timer_start(&outbox->pause, pause_over, delay(++outbox->pauses, RETRY_MOST_MS), 0);
+	uv_timer_start(&outbox->pause, pause_over, backoff_ms(++outbox->pauses, RETRY_FIRST_MS, RETRY_MOST_MS), 0);
 }
 
 /* Worker thread. Touches only the drain's batch, the scratch memory and the report. */

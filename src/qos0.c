@@ -9,10 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum {
-	BATCHES_PER_ROUND = 4,
-	PARCELS_MOST = 2, /* under way; meanwhile the next one grows */
-};
+enum { PARCELS_MOST = 2 }; /* under way; meanwhile the next one grows */
 
 struct qos0 {
 	const struct config *config;
@@ -101,14 +98,6 @@ static bool is_overloaded(const struct qos0 *qos0, const struct mqtt_message *me
 	       (size_t)qos0->config->consumer.qos0_buffer;
 }
 
-static bool is_full(const struct qos0 *qos0)
-{
-	const struct config_consumer *config = &qos0->config->consumer;
-	const struct batch *batch = &qos0->filling->batch;
-	return batch->count * BATCHES_PER_ROUND >= (size_t)config->batch_count ||
-	       batch->arena.length * BATCHES_PER_ROUND >= (size_t)config->batch_bytes;
-}
-
 static void on_message(void *owner, const struct mqtt_message *message)
 {
 	struct qos0 *qos0 = owner;
@@ -128,7 +117,7 @@ static void on_message(void *owner, const struct mqtt_message *message)
 	qos0->filling->batch.route = qos0->filter;
 	const struct config_consumer *config = &qos0->config->consumer;
 	batch_add(&qos0->filling->batch, message, &config->id, (size_t)config->max_payload, clock_wall_ms());
-	if (is_full(qos0))
+	if (delivery_is_full(qos0->filling))
 		submit(qos0);
 }
 

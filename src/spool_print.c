@@ -19,7 +19,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/stat.h>
-#include <time.h>
 
 enum {
 	BUSY_MS = 2000,
@@ -147,17 +146,6 @@ static bool query_view(struct view *view)
 	return code == SQLITE_OK;
 }
 
-/* As the log has it: 2026-11-22T20:18:24.123Z. */
-static void format_time(int64_t time_ms, char *text, size_t size)
-{
-	time_t seconds = (time_t)(time_ms / 1000);
-	struct tm parts = {0};
-	char day[32];
-	gmtime_r(&seconds, &parts);
-	strftime(day, sizeof day, "%Y-%m-%dT%H:%M:%S", &parts);
-	snprintf(text, size, "%s.%03dZ", day, (int)(time_ms % 1000));
-}
-
 static void print_text(const struct view *view)
 {
 	char oldest[64];
@@ -170,7 +158,7 @@ static void print_text(const struct view *view)
 		printf(" of %" PRId64, view->config->max_size);
 	putchar('\n');
 	if (view->messages > 0) {
-		format_time(view->oldest_ms, oldest, sizeof oldest);
+		clock_format(view->oldest_ms, oldest, sizeof oldest);
 		printf("oldest    %s, %" PRId64 " s ago\n", oldest, (clock_wall_ms() - view->oldest_ms) / 1000);
 	}
 	if (view->damaged > 0)
@@ -187,7 +175,7 @@ static void print_json(const struct view *view)
 	cJSON_AddNumberToObject(spool, "bytes", (double)view->bytes);
 	if (view->config->max_size_set)
 		cJSON_AddNumberToObject(spool, "max_size", (double)view->config->max_size);
-	format_time(view->oldest_ms, oldest, sizeof oldest);
+	clock_format(view->oldest_ms, oldest, sizeof oldest);
 	if (view->messages > 0)
 		cJSON_AddStringToObject(spool, "oldest", oldest);
 	cJSON_AddNumberToObject(spool, "damaged", (double)view->damaged);
@@ -220,17 +208,6 @@ int spool_print_status(const struct config_spool *config, bool json)
 
 /* ---- export ---- */
 
-static bool is_utf8(const char *text, size_t length)
-{
-	for (size_t at = 0; at < length;) {
-		size_t step = text[at] != 0 ? utf8_character((const uint8_t *)text + at) : 0;
-		if (step == 0)
-			return false;
-		at += step;
-	}
-	return true;
-}
-
 static void append_bytes(bson_t *document, const char *name, const void *bytes, size_t length)
 {
 	bson_append_binary(document, name, -1, BSON_SUBTYPE_BINARY, bytes, (uint32_t)length);
@@ -240,7 +217,7 @@ static void append_bytes(bson_t *document, const char *name, const void *bytes, 
 static void append_topic(bson_t *document, const struct batch_record *record)
 {
 	char *topic = memory_format("%.*s", (int)record->topic_length, record->topic);
-	if (strlen(topic) == record->topic_length && is_utf8(topic, record->topic_length))
+	if (strlen(topic) == record->topic_length && utf8_is_text(topic, record->topic_length))
 		bson_append_utf8(document, "topic", -1, topic, (int)record->topic_length);
 	else
 		append_bytes(document, "topic", record->topic, record->topic_length);
@@ -258,7 +235,7 @@ static void append_row(struct buffer *out, const struct spool_row *row)
 	bson_append_int32(document, "qos", -1, record->qos);
 	bson_append_bool(document, "retain", -1, record->retain);
 	bson_append_bool(document, "dup", -1, record->dup);
-	if (row->route_length > 0 && is_utf8(row->route, row->route_length))
+	if (row->route_length > 0 && utf8_is_text(row->route, row->route_length))
 		bson_append_utf8(document, "route", -1, row->route, (int)row->route_length);
 	if (record->payload_length < record->full_length)
 		bson_append_bool(document, "truncated", -1, true);

@@ -2,6 +2,7 @@
 #define _GNU_SOURCE
 #include "template.h"
 
+#include "clock.h"
 #include "memory.h"
 
 #include <cjson/cJSON.h>
@@ -9,7 +10,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
 enum { TEXT_BYTES = 512 };
 
@@ -70,22 +70,13 @@ void template_destroy(struct template *template)
 	free(template);
 }
 
-static void print_time(int64_t now, char *text, size_t size)
-{
-	time_t seconds = (time_t)(now / 1000);
-	struct tm parts;
-	gmtime_r(&seconds, &parts);
-	size_t length = strftime(text, size, "%Y-%m-%dT%H:%M:%S", &parts);
-	snprintf(text + length, size - length, ".%03dZ", (int)(now % 1000));
-}
-
 struct template_message template_render(struct template *template, uint64_t sequence, int64_t now)
 {
 	char text[32];
 	int64_t device = (int64_t)(next_random(&template->random) % (uint64_t) template->devices);
 	snprintf(text, sizeof text, "device-%0*lld", template->digits, (long long)device);
 	cJSON_SetValuestring(template->device, text);
-	print_time(now, text, sizeof text);
+	clock_format(now, text, sizeof text);
 	cJSON_SetValuestring(template->time, text);
 	cJSON_SetNumberValue(template->sequence, (double)sequence);
 	cJSON_SetNumberValue(template->temperature, reading(template, 18, 26, 2));

@@ -42,6 +42,18 @@ static inline size_t utf8_character(const uint8_t *at)
 	return utf8_sequence(at, &length) ? length : 0;
 }
 
+/* All of `length` bytes: UTF-8 without NUL, as MQTT wants its texts (MQTT 5 §1.5.4). */
+static inline bool utf8_is_text(const char *text, size_t length)
+{
+	for (size_t at = 0; at < length;) {
+		size_t step = text[at] != 0 ? utf8_character((const uint8_t *)text + at) : 0;
+		if (step == 0)
+			return false;
+		at += step;
+	}
+	return true;
+}
+
 /* C0, DEL, and C1 (U+0080 to U+009F), which some terminals obey as well. `at` is a well-formed character. */
 static inline bool utf8_is_control(const uint8_t *at)
 {
