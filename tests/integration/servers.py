@@ -93,6 +93,14 @@ class Mosquitto(Process):
         self.port = self.plain_port = None
         self.config = self.directory / "mosquitto.conf"
 
+    @property
+    def version(self):
+        """As in (2, 0, 11)."""
+        return version_of(self._its_program())
+
+    def _its_program(self):
+        return self.program or _program("MQTT2MONGO_MOSQUITTO", "mosquitto")
+
     def _text(self, port):
         base = self.base
         if base is None:
@@ -129,7 +137,7 @@ class Mosquitto(Process):
             elif self.plain_port is None:
                 self.plain_port = free_port()
             self.config.write_text(self._text(port))
-            return [self.program or _program("MQTT2MONGO_MOSQUITTO", "mosquitto"), "-c", self.config]
+            return [self._its_program(), "-c", self.config]
 
         self.port = _start_listening(self, argv, self.port, 10)
         return self
