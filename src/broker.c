@@ -10,7 +10,6 @@
 #include <string.h>
 
 #define DROPPED "$SYS/broker/publish/messages/dropped"
-#define VERSION "$SYS/broker/version"
 
 enum {
 	DIGITS_MOST = 19,
@@ -54,7 +53,7 @@ static void on_up(void *owner, const struct mqtt_granted *granted)
 	broker->asking = 1 + broker->shares;
 	mqtt_subscribe(broker->mqtt, DROPPED, 0);
 	if (broker->shares)
-		mqtt_subscribe(broker->mqtt, VERSION, 0);
+		mqtt_subscribe(broker->mqtt, BROKER_VERSION, 0);
 }
 
 static void on_down(void *owner)
@@ -121,7 +120,7 @@ static void on_message(void *owner, const struct mqtt_message *message)
 	broker->held++;
 	if (strcmp(message->topic, DROPPED) == 0)
 		note_dropped(broker, message);
-	else if (strcmp(message->topic, VERSION) == 0)
+	else if (strcmp(message->topic, BROKER_VERSION) == 0)
 		note_version(broker, message);
 }
 

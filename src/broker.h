@@ -13,6 +13,8 @@
 #include <stdint.h>
 #include <uv.h>
 
+#define BROKER_VERSION "$SYS/broker/version"
+
 struct broker;
 
 /* Connect as `client_id`, which is copied with -sys behind it. `config` is borrowed until `stopped`. `shares`: the
@@ -20,7 +22,7 @@ struct broker;
 struct broker *broker_start(uv_loop_t *loop, const struct config_mqtt *config, const char *client_id, bool shares,
                             void *owner);
 
-/* A payload of $SYS/broker/version (not NUL-terminated) names a mosquitto whose shared subscriptions lose messages:
+/* A payload of BROKER_VERSION (not NUL-terminated) names a mosquitto whose shared subscriptions lose messages:
  * before 2.0.12. Pure. */
 bool broker_loses_shares(const void *version, size_t length);
 

@@ -93,6 +93,12 @@ struct config_consumer {
 	int64_t qos0_buffer; /* bytes */
 };
 
+/* Does it use shared subscriptions? */
+static inline bool config_shares(const struct config_consumer *consumer)
+{
+	return consumer->connections > 1 || consumer->share != NULL;
+}
+
 struct config_publisher {
 	char *topic;   /* may hold {device} */
 	double rate;   /* messages per second, 0.1 to 20000 */

@@ -285,7 +285,7 @@ static void go_on(struct consumer *consumer)
 static char *make_filter(const struct config_consumer *config, const char *client_id)
 {
 	const char *group = config->share != NULL ? config->share : client_id;
-	if (config->share == NULL && config->connections == 1)
+	if (!config_shares(config))
 		return memory_string(config->topic);
 	return memory_format("$share/%s/%s", group, config->topic);
 }

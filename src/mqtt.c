@@ -1125,9 +1125,12 @@ static void handle_closed(uv_handle_t *handle)
 	free_when_closed(mqtt);
 }
 
-/* While closing, once: no job of ours runs any more. */
+/* While closing: no job of ours runs any more. The owner may close from handler->down, so what ended the connection may
+ * come here a second time. */
 static void finish_close(struct mqtt *mqtt)
 {
+	if (mqtt->state == CLOSED)
+		return;
 	drop_connection(mqtt);
 	drop_client(mqtt);
 	mqtt->state = CLOSED;

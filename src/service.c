@@ -205,8 +205,7 @@ static bool start_http(struct service *service, char *error, size_t error_size)
 
 static bool shares(const struct config *config)
 {
-	return (config->role & CONFIG_ROLE_CONSUMER) &&
-	       (config->consumer.connections > 1 || config->consumer.share != NULL);
+	return (config->role & CONFIG_ROLE_CONSUMER) && config_shares(&config->consumer);
 }
 
 static void start_broker(struct service *service)

@@ -571,8 +571,10 @@ static void share_groups(void **state)
 	assert_string_equal(config.consumer.share, "plant-7");
 	assert_int_equal(config.consumer.connections, 64);
 	accepts("--role|consumer|--mqtt-client-id|plant|--consumer-connections|2");
-	refuses("--role|consumer|--consumer-connections|0", "--consumer-connections: 0 is out of range, allowed are 1 to 64");
-	refuses("--role|consumer|--consumer-connections|65", "--consumer-connections: 65 is out of range, allowed are 1 to 64");
+	refuses("--role|consumer|--consumer-connections|0",
+	        "--consumer-connections: 0 is out of range, allowed are 1 to 64");
+	refuses("--role|consumer|--consumer-connections|65",
+	        "--consumer-connections: 65 is out of range, allowed are 1 to 64");
 	refuses("--role|consumer|--consumer-connections|x", "--consumer-connections");
 	refuses("--role|consumer|--consumer-share|", "--consumer-share: is empty");
 	refuses("--role|consumer|--consumer-share|a/b", "--consumer-share: the name of a share group holds no / + #");
