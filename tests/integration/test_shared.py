@@ -310,7 +310,9 @@ def test_kill9_with_four_connections(several, shared_mosquitto, fresh_mongod, ga
 def test_restart_of_the_broker(several, shared_mosquitto, collection):
     """Fault: the broker is stopped with SIGTERM, which writes everything to disk, and restarted mid-stream, 3 times.
     Proof: publisher and service lose that many connections, and each of the four subscribes anew each time.
-    Held: every acknowledged message is in MongoDB, without exception."""
+    Held: every acknowledged message is in MongoDB, but for those that came when none of the four had subscribed again. mosquitto (2.0.21)
+    does not write shared subscriptions to its file, only sessions and what is queued in them; it says in the PUBACK of such a message that
+    nobody is subscribed. With a plain subscription there are none, see test_kill.py."""
     broker, restarts = shared_mosquitto(), 3
     running = several(broker, 4)
     line = f"subscribed to {filter_of(running)} at QoS 1"
@@ -323,11 +325,24 @@ def test_restart_of_the_broker(several, shared_mosquitto, collection):
             wait_until(lambda: running.log.count(line) == 4 * (number + 2), 20, running.tail)
         stream.wait(len(stream.acknowledged) + 500)
         acknowledged = stream.finish()
-    wait_all_stored(collection, acknowledged, running)
+    wait_all_stored(collection, acknowledged - stream.unheard, running)
     running.stop()
     stored = Stored(collection)
-    figures(messages=len(acknowledged), restarts=restarts, lost=len(stored.missing(acknowledged)), duplicates=stored.twice)
+    figures(messages=len(acknowledged), restarts=restarts, given_to_nobody=len(stream.unheard),
+            lost=len(stored.missing(acknowledged) - stream.unheard), duplicates=stored.twice)
     assert left_at(broker, session_names(running)) == []
+
+
+def test_what_is_queued_survives_a_restart_of_the_broker(several, shared_mosquitto, collection):
+    """What the broker holds in the sessions of the group when it is restarted is delivered afterwards, each once."""
+    broker = shared_mosquitto()
+    running = several(broker, 4)
+    running.stop()
+    publish(broker, 0, 4000)
+    broker.restart()
+    start(running).wait_stored(4000)
+    running.stop()
+    once_each(collection, range(4000))
 
 
 # ---- several services
