@@ -194,7 +194,8 @@ mosquitto_version() {
 	{ "$1" -h 2>/dev/null || true; } | sed -n 's/^mosquitto version //p'
 }
 
-# Is mosquitto PROGRAM one whose shared subscriptions keep a session that is away? Those before 2.0.12 lose what comes meanwhile.
+# Is mosquitto PROGRAM one that keeps the shared subscriptions of a session that is taken up again? Those before 2.0.12 forget them
+# until they are subscribed anew, unless they are patched, as Debian's 2.0.11 is, which its version does not show.
 mosquitto_shares() {
 	local version
 	version=$(mosquitto_version "$1")

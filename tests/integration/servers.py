@@ -17,7 +17,7 @@ from processes import ROOT, Process, accepts, free_port, wait_until
 
 RECOMMENDED = ROOT / "config" / "mosquitto.conf"
 MINIMAL = "persistence false\n"
-SHARES = (2, 0, 12)  # the first mosquitto whose shared subscriptions keep a session that is away
+SHARES = (2, 0, 12)  # the first mosquitto that keeps the shared subscriptions of a session that is taken up again
 
 
 def _program(variable, name):
@@ -40,7 +40,7 @@ def version_of(program):
 
 
 def shared_broker():
-    """A mosquitto whose shared subscriptions keep durable sessions, from 2.0.12 on, as scripts/setup.sh finds one; or None."""
+    """A mosquitto that keeps shared subscriptions of durable sessions, from 2.0.12 on, as scripts/setup.sh finds one; or None."""
     candidates = (os.environ.get("MQTT2MONGO_MOSQUITTO_SHARED"), _program("MQTT2MONGO_MOSQUITTO", "mosquitto"),
                   ROOT / "build" / "mosquitto-backports" / "mosquitto")
     return next((str(each) for each in candidates if each and (version_of(each) or ()) >= SHARES), None)

@@ -1,7 +1,8 @@
 """Several connections, several machines: consumer.connections and consumer.share, shared subscriptions (MQTT 5 §4.8.2).
 
-Against a mosquitto from 2.0.12 on, which scripts/setup.sh finds or fetches, unless a test says otherwise. Where messages are published
-from one life of the service to the next, each session of the group keeps its share of them. Tests that kill print their figures (pytest -rP).
+Against a mosquitto from 2.0.12 on, which scripts/setup.sh finds or fetches, unless a test says otherwise. Where messages are
+published between two lives of the service, each session of the group keeps its share of them. Tests that break something print
+their figures (pytest -rP).
 """
 
 import json
@@ -36,7 +37,8 @@ def filter_of(running):
 
 
 def session_names(running):
-    return [f"{running.settings['mqtt.client_id']}-{number + 1}" for number in range(running.settings.get("consumer.connections", 1))]
+    settings = running.settings
+    return [f"{settings['mqtt.client_id']}-{number}" for number in range(1, settings.get("consumer.connections", 1) + 1)]
 
 
 def recorded(running):
@@ -57,7 +59,8 @@ def start(running):
 def wait_settled_sessions(running, timeout=60):
     """Wait until its state file has its sessions with their one filter, and nothing that was left behind."""
     expected = {name: [filter_of(running)] for name in session_names(running)}
-    wait_until(lambda: recorded(running) == expected, timeout, lambda: f"{expected}, but {recorded(running)}\n{running.tail()}", interval=0.1)
+    wait_until(lambda: recorded(running) == expected, timeout, lambda: f"{expected}, but {recorded(running)}\n{running.tail()}",
+               interval=0.1)
 
 
 def publish(broker, first, count):
@@ -170,8 +173,8 @@ def test_with_mqtt_3_1_1(several, shared_mosquitto, collection):
 
 
 def test_fewer_connections(several, shared_mosquitto, collection):
-    """4, then 1: what the broker has queued for the other three is stored, they are ended there, and forgotten. The one that is left
-    shares with nobody, and so has the plain filter."""
+    """4, then 1: what the broker has queued for the other three is stored, they are ended there, and forgotten. The one that is
+    left shares with nobody, and so has the plain filter."""
     broker = shared_mosquitto()
     running = several(broker, 4)
     running.stop()
@@ -223,8 +226,8 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_another_group(several, shared_mosquitto, collection, change):
-    """Under a steady stream the service is stopped and comes back with another group, or without one: nothing is lost, though what comes
-    while both filters are subscribed may come twice. Then the old filter is gone: what is published later comes once."""
+    """Under a steady stream the service is stopped and comes back with another group, or without one: nothing is lost, though what
+    comes while both filters are subscribed may come twice. Then the old filter is gone: what is published later comes once."""
     before, after = CHANGES[change]
     broker = shared_mosquitto()
     running = several(broker, 1, **before)
@@ -271,8 +274,8 @@ def test_mongodb_is_away(several, shared_mosquitto, fresh_mongod):
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("gate", ["closed", "open"])
 def test_kill9_with_four_connections(several, shared_mosquitto, fresh_mongod, gate):
-    """Fault: SIGKILL at 12 random moments under 3,000 messages a second, with four connections and a MongoDB that fails 3 of 10 inserts,
-    so that most of the time a batch waits to be tried again: received, not stored.
+    """Fault: SIGKILL at 12 random moments under 3,000 messages a second, with four connections and a MongoDB that fails 3 of 10
+    inserts, so that most of the time a batch waits to be tried again: received, not stored.
     Proof: messages come with the DUP flag; and the control, a build that acknowledges before it stores, loses messages.
     Held: nothing acknowledged is missing, and nothing is left in the four sessions."""
     moments, kills = seeded(), 12
@@ -310,9 +313,9 @@ def test_kill9_with_four_connections(several, shared_mosquitto, fresh_mongod, ga
 def test_restart_of_the_broker(several, shared_mosquitto, collection):
     """Fault: the broker is stopped with SIGTERM, which writes everything to disk, and restarted mid-stream, 3 times.
     Proof: publisher and service lose that many connections, and each of the four subscribes anew each time.
-    Held: every acknowledged message is in MongoDB, but for those that came when none of the four had subscribed again. mosquitto (2.0.21)
-    does not write shared subscriptions to its file, only sessions and what is queued in them; it says in the PUBACK of such a message that
-    nobody is subscribed. With a plain subscription there are none, see test_kill.py."""
+    Held: every acknowledged message is in MongoDB, but for those that came when none of the four had subscribed again. mosquitto
+    (2.0.21) does not write shared subscriptions to its file, only sessions and what is queued in them; it says in the PUBACK of
+    such a message that nobody is subscribed. With a plain subscription there are none, see test_kill.py."""
     broker, restarts = shared_mosquitto(), 3
     running = several(broker, 4)
     line = f"subscribed to {filter_of(running)} at QoS 1"
@@ -351,12 +354,12 @@ def test_what_is_queued_survives_a_restart_of_the_broker(several, shared_mosquit
 @pytest.mark.heavy("three services and ten seconds of messages")
 @pytest.mark.timeout(120)
 def test_three_services_in_a_group(several, shared_mosquitto, fresh_mongod):
-    """Fault: of two services in a group one is killed, a third joins, the killed one comes back, is killed twice more and restarted at
-    once, the other one is stopped and comes back; all under a steady stream. Inserts are slow, so that a batch is under way at most moments,
-    and ids come from the messages, so that what is delivered again is a duplicate.
+    """Fault: of two services in a group one is killed, a third joins, the killed one comes back, is killed twice more and restarted
+    at once, the other one is stopped and comes back; all under a steady stream. Inserts are slow, so that a batch is under way
+    at most moments, and ids come from the messages, so that what is delivered again is a duplicate.
     Proof: exit by signal 9, and messages come with the DUP flag; the broker has sent some to each session.
-    Held: each message that the broker acknowledged to the publisher is in MongoDB exactly once, the sums of each orderly life balance, and
-    in the end nothing is left in any of the seven sessions."""
+    Held: each message that the broker acknowledged to the publisher is in MongoDB exactly once, the sums of each orderly life
+    balance, and in the end nothing is left in any of the seven sessions."""
     broker, server = shared_mosquitto(extra=["log_type all"]), fresh_mongod()
     collection = server.client().mqtt2mongo.messages
     server.fail("alwaysOn", ["insert"], blockConnection=True, blockTimeMS=30, appName="mqtt2mongo")
@@ -415,8 +418,8 @@ def test_three_services_in_a_group(several, shared_mosquitto, fresh_mongod):
 @pytest.mark.not_sanitized("it is about moments")
 @pytest.mark.timeout(90)
 def test_a_group_that_comes_and_goes(several, shared_mosquitto, collection):
-    """Fault: under a steady stream all of a group are killed and started again, 8 times, so that messages come when no member is there,
-    or when one has connected and not yet subscribed: the moment at which mosquitto before 2.0.12 gave them to nobody.
+    """Fault: under a steady stream all of a group are killed and started again, 8 times, so that messages come when no member is
+    there, or when one has connected and not yet subscribed: the moment at which mosquitto before 2.0.12 gave them to nobody.
     Held: nothing acknowledged is missing."""
     moments, kills = seeded(), 8
     broker = shared_mosquitto()
@@ -488,8 +491,8 @@ def _takes_no_shares(connack, reason):
 @pytest.mark.parametrize("connack, reason", [(b"\x20\x05\x00\x00\x02\x2a\x00", 0x01), (b"\x20\x03\x00\x00\x00", 0x9e)],
                          ids=["CONNACK", "SUBACK"])
 def test_a_broker_without_shared_subscriptions(service, mongod, database, connack, reason):
-    """One that says so in CONNACK (property 0x2A), or in SUBACK (0x9E): an error that names the remedy, once, while the service tries
-    again; and it can be stopped."""
+    """One that says so in CONNACK (property 0x2A), or in SUBACK (0x9E): an error that names the remedy, once, while the service
+    tries again; and it can be stopped."""
     with peers.Peer(_takes_no_shares(connack, reason)) as broker:
         running = service(broker=broker, mongod=mongod, database=database, settings=QUICK | {"consumer.share": "g"})
         running.wait_log(re.escape(NO_SHARES))
@@ -511,7 +514,8 @@ def test_a_broker_without_shared_subscriptions(service, mongod, database, connac
     (["--consumer-topic", "$share/g/a"], ["--consumer-topic", "consumer.share"]),
     (["--consumer-topic", "$share/g/a", "--consumer-share", "h"], ["--consumer-topic", "consumer.share"]),
     (["--consumer-topic", "$share/g/a", "--consumer-connections", "2"], ["--consumer-topic", "consumer.share"]),
-    (["--consumer-connections", "2", "--mqtt-client-id", "plant/7"], ["--consumer-connections", "mqtt.client_id", "consumer.share"]),
+    (["--consumer-connections", "2", "--mqtt-client-id", "plant/7"],
+     ["--consumer-connections", "mqtt.client_id", "consumer.share"]),
     (["--consumer-connections", "2", "--consumer-qos", "0"], ["--consumer-connections", "consumer.qos 0"]),
 ])
 def test_bad_input(arguments, words):
