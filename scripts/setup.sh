@@ -9,6 +9,7 @@
 # but for Debian packages that are missing.
 #
 #     MQTT2MONGO_MONGOD, MQTT2MONGO_MOSQUITTO   the servers to use, instead of those on PATH
+#     MQTT2MONGO_MOSQUITTO_SHARED               a mosquitto from 2.0.12 on, for the tests of shared subscriptions
 #     MQTT2MONGO_VENV                           the Python environment, default build/venv
 
 set -euo pipefail
@@ -186,6 +187,110 @@ setup_servers() {
 	MQTT2MONGO_MOSQUITTO=${MQTT2MONGO_MOSQUITTO:-$(command -v mosquitto)}
 	[ -x "$MQTT2MONGO_MOSQUITTO" ] || die "no mosquitto broker: $MQTT2MONGO_MOSQUITTO" "MQTT2MONGO_MOSQUITTO must name the program."
 	export MQTT2MONGO_MONGOD MQTT2MONGO_MOSQUITTO
+}
+
+# Print the version of the mosquitto PROGRAM, as in 2.0.11; nothing when it does not run. It exits with an error after its help.
+mosquitto_version() {
+	{ "$1" -h 2>/dev/null || true; } | sed -n 's/^mosquitto version //p'
+}
+
+# Is mosquitto PROGRAM one that keeps the shared subscriptions of a session that is taken up again? Those before 2.0.12 forget them
+# until they are subscribed anew, unless they are patched, as Debian's 2.0.11 is, which its version does not show.
+mosquitto_shares() {
+	local version
+	version=$(mosquitto_version "$1")
+	[ -n "$version" ] && printf '2.0.12\n%s\n' "$version" | sort -V -C
+}
+
+# Print the sources of packages that are configured here for RELEASE's component main, in Debian's deb822 form, for SUITE instead.
+sources_for() {
+	local release=$1 suite=$2
+	# A stanza at a time; its field Suites may go on over several lines, as Signed-By does when it holds the key itself.
+	awk -v release="$release" -v suite="$suite" '
+		BEGIN { RS = ""; FS = "\n" }
+		{
+			split("", is); split("", value); name = ""
+			for (line = 1; line <= NF; line++) {
+				if ($line ~ /^#/) continue
+				if ($line ~ /^[^ \t]/) { name = tolower($line); sub(/:.*/, "", name); sub(/^[^:]*:/, "", $line) }
+				is[name] = 1
+				value[name] = value[name] (value[name] == "" ? "" : "\n") $line
+			}
+			words = " " value["suites"] " "; gsub(/[ \t\n]+/, " ", words)
+			parts = " " value["components"] " "; gsub(/[ \t\n]+/, " ", parts)
+			if (!index(words, " " release " ") || !index(parts, " main ") || tolower(value["enabled"]) ~ /no/) next
+			is["targets"] = 1; value["targets"] = " Packages"
+			value["types"] = " deb"; value["suites"] = " " suite; value["components"] = " main"
+			for (name in is) print name ":" value[name]
+			print ""
+		}' /etc/apt/sources.list.d/*.sources 2>/dev/null || true
+	# deb [signed-by=FILE …] URI RELEASE COMPONENT...
+	cat /etc/apt/sources.list /etc/apt/sources.list.d/*.list 2>/dev/null | sed -nE \
+		"s/^deb +(\[ *([^]]*)\] +)?([^ ]+) +$release +(.* )?main( .*)?\$/\2 uris=\3/p" | while read -r line; do
+		printf 'types: deb\nsuites: %s\ncomponents: main\ntargets: Packages\n' "$suite"
+		tr ' ' '\n' <<<"$line" | sed -nE 's/^([a-z-]+)=(.*)/\1: \2/p' | sed -E 's/^arch:/architectures:/; /^uris/!s/,/ /g'
+		printf '\n'
+	done
+}
+
+# fetch_shared_broker DIRECTORY: Debian's backport of mosquitto, unpacked into DIRECTORY with the libraries that are missing here, and
+# DIRECTORY/mosquitto, which runs it. Installs nothing: apt gets lists, cache and sources of its own. Returns 1 when it cannot be had.
+fetch_shared_broker() {
+	local into=$1 apt=$1/apt release options libraries missing=() package
+	release=$(. /etc/os-release && [ "$ID" = debian ] && printf '%s' "${VERSION_CODENAME:-}") || return 1
+	command -v apt-get >/dev/null && command -v dpkg >/dev/null || return 1
+	rm -rf "$into"
+	mkdir -p "$apt"/{sources,lists/partial,cache/archives/partial}
+	sources_for "$release" "$release $release-backports" >"$apt/sources/debian.sources"
+	[ -s "$apt/sources/debian.sources" ] || return 1
+	options=(-o "Dir::Etc::sourcelist=/dev/null" -o "Dir::Etc::sourceparts=$apt/sources" -o "Dir::State::lists=$apt/lists"
+		-o "Dir::Cache=$apt/cache" -o Acquire::Retries=1 -o Acquire::http::Timeout=15 -o Acquire::Languages=none)
+	# A source that has no backports is no matter, if another has.
+	timeout 120 apt-get "${options[@]}" update || true
+	(cd "$apt" && timeout 120 apt-get "${options[@]}" download "mosquitto/$release-backports") || return 1
+	libraries=$(dpkg-deb -f "$apt"/mosquitto_*.deb Depends | tr ',' '\n' | sed -nE 's/^ *(lib[^ :]+).*/\1/p')
+	for package in $libraries; do
+		dpkg -s "$package" >/dev/null 2>&1 || missing+=("$package")
+	done
+	[ ${#missing[@]} -eq 0 ] || (cd "$apt" && timeout 120 apt-get "${options[@]}" download "${missing[@]}") || return 1
+	for package in "$apt"/*.deb; do
+		dpkg -x "$package" "$into" || return 1
+	done
+	cat >"$into/mosquitto" <<-'END'
+		#!/bin/sh
+		here=$(dirname "$0")
+		for libraries in "$here"/usr/lib/*-linux-*; do
+			LD_LIBRARY_PATH=$libraries exec "$here/usr/sbin/mosquitto" "$@"
+		done
+	END
+	chmod +x "$into/mosquitto"
+	rm -rf "$apt"
+	mosquitto_shares "$into/mosquitto"
+}
+
+# Set and export MQTT2MONGO_MOSQUITTO_SHARED: a broker from 2.0.12 on. The installed one if it is, else Debian's backport, in
+# build/mosquitto-backports. Without either it is not set, and the tests that need it are skipped.
+setup_shared_broker() {
+	local fetched=$ROOT/build/mosquitto-backports log=$LOGS/mosquitto-backports.log candidate
+	local program=$fetched/mosquitto
+	for candidate in "${MQTT2MONGO_MOSQUITTO_SHARED:-}" "$MQTT2MONGO_MOSQUITTO" "$program"; do
+		if [ -n "$candidate" ] && mosquitto_shares "$candidate"; then
+			export MQTT2MONGO_MOSQUITTO_SHARED=$candidate
+			return 0
+		fi
+	done
+	unset MQTT2MONGO_MOSQUITTO_SHARED
+	mkdir -p "$LOGS"
+	say "fetching Debian's backport of mosquitto into ${fetched#"$ROOT"/}: the installed one is $(mosquitto_version "$MQTT2MONGO_MOSQUITTO")"
+	if (
+		flock 9 # two scripts at once
+		mosquitto_shares "$program" || fetch_shared_broker "$fetched"
+	) </dev/null >"$log" 2>&1 9>"$fetched.lock"; then
+		export MQTT2MONGO_MOSQUITTO_SHARED=$program
+	else
+		say "no mosquitto from 2.0.12 on could be had (log: $log): the tests that need one are skipped;" \
+			"name one in MQTT2MONGO_MOSQUITTO_SHARED to run them"
+	fi
 }
 
 # --- build -----------------------------------------------------------------------------------------------------------

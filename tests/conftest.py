@@ -1,6 +1,7 @@
 """Fixtures: real servers and the real program, each in a directory of the test's own; nothing outlives its test.
 
     mosquitto(...)      starts a Mosquitto (servers.py); arguments are Mosquitto's
+    shared_mosquitto(...)  the same, of a version whose shared subscriptions keep durable sessions; skips without one
     mongod              the session's Mongod, shared: do not stop it; each test has a `database` of its own on it
     fresh_mongod(...)   starts a Mongod of the test's own, to be killed and restarted
     replica_set(...)    starts a ReplicaSet of three
@@ -19,7 +20,7 @@ import signal
 import pytest
 
 from certificates import Certificates
-from servers import Mongod, Mosquitto, ReplicaSet
+from servers import Mongod, Mosquitto, ReplicaSet, shared_broker
 from service import Service
 from skips import pytest_make_collect_report, pytest_runtest_makereport  # noqa: F401 (hooks, found by name)
 
@@ -59,6 +60,14 @@ def _factory(make):
 @pytest.fixture
 def mosquitto(directory):
     yield from _factory(lambda **options: Mosquitto(directory("mosquitto"), **options))
+
+
+@pytest.fixture
+def shared_mosquitto(directory):
+    program = shared_broker()
+    if program is None:
+        pytest.skip("no mosquitto from 2.0.12 on: scripts/setup.sh fetches Debian's backport, if it can be had")
+    yield from _factory(lambda **options: Mosquitto(directory("mosquitto"), program=program, **options))
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ sigstop()/sigcont() (frozen: connections stay open and say nothing), .log, .port
 
 import getpass
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -16,6 +17,7 @@ from processes import ROOT, Process, accepts, free_port, wait_until
 
 RECOMMENDED = ROOT / "config" / "mosquitto.conf"
 MINIMAL = "persistence false\n"
+SHARES = (2, 0, 12)  # the first mosquitto that keeps the shared subscriptions of a session that is taken up again
 
 
 def _program(variable, name):
@@ -25,6 +27,23 @@ def _program(variable, name):
         found = next(iter(sorted(Path(os.environ.get("MQTT2MONGO_VENV", ROOT / "build" / "venv")).glob(wheel))), None)
     assert found, f"no {name} here: run scripts/setup.sh, or set {variable}"
     return str(found)
+
+
+def version_of(program):
+    """The version of a mosquitto, as in (2, 0, 11); None when it does not run."""
+    try:
+        said = subprocess.run([program, "-h"], capture_output=True, text=True, check=False, timeout=10).stdout
+    except OSError:
+        return None
+    found = re.search(r"^mosquitto version (\d+)\.(\d+)\.(\d+)", said, re.M)
+    return found and tuple(map(int, found.groups()))
+
+
+def shared_broker():
+    """A mosquitto that keeps shared subscriptions of durable sessions, from 2.0.12 on, as scripts/setup.sh finds one; or None."""
+    candidates = (os.environ.get("MQTT2MONGO_MOSQUITTO_SHARED"), _program("MQTT2MONGO_MOSQUITTO", "mosquitto"),
+                  ROOT / "build" / "mosquitto-backports" / "mosquitto")
+    return next((str(each) for each in candidates if each and (version_of(each) or ()) >= SHARES), None)
 
 
 def _start_listening(process, argv_for_port, port, timeout):
@@ -53,6 +72,7 @@ class Mosquitto(Process):
     require_certificate  clients must show one that the authority signed
     users        {name: password}: nobody else may connect. None: everybody
     extra        further configuration lines; each replaces what `base` says for its keyword
+    program      another mosquitto than the installed one
 
     port         where the service connects; plain_port: without TLS (the same one, unless tls), for the test's own clients
     """
@@ -62,15 +82,24 @@ class Mosquitto(Process):
              "keyfile", "crlfile", "require_certificate", "include_dir", "per_listener_settings"}
 
     def __init__(self, directory, *, base=None, persistence=True, autosave=None, tls=None, certificate=None,
-                 require_certificate=False, users=None, extra=()):
+                 require_certificate=False, users=None, extra=(), program=None):
         super().__init__("mosquitto", directory)
         self.base = base
         self.persistence, self.autosave = persistence, autosave
         self.tls, self.certificate, self.require_certificate = tls, certificate or (tls and tls.server), require_certificate
         self.users = users
         self.extra = list(extra)
+        self.program = program
         self.port = self.plain_port = None
         self.config = self.directory / "mosquitto.conf"
+
+    @property
+    def version(self):
+        """As in (2, 0, 11)."""
+        return version_of(self._its_program())
+
+    def _its_program(self):
+        return self.program or _program("MQTT2MONGO_MOSQUITTO", "mosquitto")
 
     def _text(self, port):
         base = self.base
@@ -108,7 +137,7 @@ class Mosquitto(Process):
             elif self.plain_port is None:
                 self.plain_port = free_port()
             self.config.write_text(self._text(port))
-            return [_program("MQTT2MONGO_MOSQUITTO", "mosquitto"), "-c", self.config]
+            return [self._its_program(), "-c", self.config]
 
         self.port = _start_listening(self, argv, self.port, 10)
         return self

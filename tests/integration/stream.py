@@ -18,6 +18,7 @@ from processes import TIME_FACTOR, wait_until
 CLIENT = "under-test"
 SESSION = f"{CLIENT}-1"
 END = "sensors/end"
+NO_MATCHING_SUBSCRIBERS = 0x10  # MQTT 5 §3.4.2.1
 
 
 def topic_of(number):
@@ -42,6 +43,7 @@ class Stream:
     one; what was not acknowledged by then is sent no second time.
 
     acknowledged  {number: time.time() when the broker's PUBACK was read}
+    unheard       those of which the PUBACK said that nobody is subscribed to them (MQTT 5)
     sent          how many were published
     lost          how many connections were lost
 
@@ -49,7 +51,7 @@ class Stream:
     """
 
     def __init__(self, port, pace, *, payload_of=lambda number: json.dumps(content_of(number)), window=1000, **connection):
-        self.acknowledged, self.sent, self.lost = {}, 0, 0
+        self.acknowledged, self.unheard, self.sent, self.lost = {}, set(), 0, 0
         self._port, self._pace, self._window, self._connection = port, pace, window, connection
         self._payload_of = payload_of
         self._stop, self._error = threading.Event(), None
@@ -85,6 +87,8 @@ class Stream:
             number = under_way.pop(message_id)
             if not reason.is_failure:
                 self.acknowledged[number] = time.time()
+            if reason.value == NO_MATCHING_SUBSCRIBERS:
+                self.unheard.add(number)
 
         client.on_publish = on_publish
         begun, before = time.monotonic(), self.sent
