@@ -17,6 +17,9 @@ enum {
 	REFUSALS_MOST = 3,  /* some brokers refuse a subscription to $SYS by hanging up */
 };
 
+/* What the next SUBACK answers. */
+enum question { NO_QUESTION, ASKED_DROPPED, ASKED_VERSION };
+
 struct broker {
 	void *owner;
 	bool shares;
@@ -24,8 +27,9 @@ struct broker {
 	uint64_t dropped;
 	bool known;
 	size_t held;
-	int asking;   /* connected, so many SUBACKs have not come yet */
-	int refusals; /* connections in a row that ended so */
+	enum question asking;
+	int refusals;         /* connections in a row that ended when DROPPED was asked for */
+	bool version_refused; /* a connection ended when BROKER_VERSION was asked for */
 	struct log_repeat loses_shares;
 	void (*stopped)(void *owner);
 };
@@ -50,10 +54,8 @@ static void leave(struct broker *broker, const char *why)
 static void on_up(void *owner, const struct mqtt_granted *granted)
 {
 	struct broker *broker = owner;
-	broker->asking = 1 + broker->shares;
+	broker->asking = ASKED_DROPPED;
 	mqtt_subscribe(broker->mqtt, DROPPED, 0);
-	if (broker->shares)
-		mqtt_subscribe(broker->mqtt, BROKER_VERSION, 0);
 }
 
 static void on_down(void *owner)
@@ -61,8 +63,9 @@ static void on_down(void *owner)
 	struct broker *broker = owner;
 	broker->known = false;
 	broker->held = 0;
-	broker->refusals += broker->asking > 0;
-	broker->asking = 0;
+	broker->refusals += broker->asking == ASKED_DROPPED;
+	broker->version_refused = broker->version_refused || broker->asking == ASKED_VERSION;
+	broker->asking = NO_QUESTION;
 	if (broker->refusals >= REFUSALS_MOST)
 		leave(broker, "the broker hangs up when " DROPPED " is subscribed");
 	else
@@ -72,9 +75,17 @@ static void on_down(void *owner)
 static void on_subscribed(void *owner, int reason)
 {
 	struct broker *broker = owner;
+	enum question answered = broker->asking;
+	broker->asking = NO_QUESTION;
+	if (answered != ASKED_DROPPED)
+		return;
 	broker->refusals = 0;
-	if (broker->asking > 0 && --broker->asking == 0 && reason >= 0x80)
-		leave(broker, "the broker does not let us read $SYS");
+	if (reason >= 0x80) {
+		leave(broker, "the broker does not let us read " DROPPED);
+	} else if (broker->shares && !broker->version_refused) {
+		broker->asking = ASKED_VERSION;
+		mqtt_subscribe(broker->mqtt, BROKER_VERSION, 0);
+	}
 }
 
 bool broker_loses_shares(const void *version, size_t length)
@@ -91,11 +102,12 @@ bool broker_loses_shares(const void *version, size_t length)
 static void note_version(struct broker *broker, const struct mqtt_message *message)
 {
 	if (broker_loses_shares(message->payload, message->payload_length))
-		log_repeat(&broker->loses_shares, LOG_LEVEL_WARN, "broker",
-		           "this broker is %.*s: before 2.0.12 it loses messages of shared subscriptions when a "
-		           "connection is taken up again; use a newer one, or consumer.connections 1 and no "
-		           "consumer.share",
-		           (int)message->payload_length, (const char *)message->payload);
+		log_repeat(
+		    &broker->loses_shares, LOG_LEVEL_WARN, "broker",
+		    "this broker is %.*s: before 2.0.12, unless patched, it loses messages of shared subscriptions "
+		    "when a session is resumed; use a newer one (Debian's 2.0.11-1.2+deb12u1 is patched), or "
+		    "consumer.connections 1 and no consumer.share",
+		    (int)message->payload_length, (const char *)message->payload);
 }
 
 /* A number in decimal digits; whatever else is there is not what we asked for. */

@@ -22,8 +22,8 @@ struct broker;
 struct broker *broker_start(uv_loop_t *loop, const struct config_mqtt *config, const char *client_id, bool shares,
                             void *owner);
 
-/* A payload of BROKER_VERSION (not NUL-terminated) names a mosquitto whose shared subscriptions lose messages:
- * before 2.0.12. Pure. */
+/* A payload of BROKER_VERSION (not NUL-terminated) names a mosquitto whose shared subscriptions lose messages
+ * unless it was patched: before 2.0.12. Pure. */
 bool broker_loses_shares(const void *version, size_t length);
 
 /* Messages dropped since the broker started, for all its clients. NULL when it has not said so on this connection. */

@@ -272,6 +272,12 @@ static void check_share(struct config_loader *loader)
 		    "several connections form a share group, which cannot have the name of mqtt.client_id because of "
 		    "its / + or #; give one in consumer.share");
 	}
+	if (config_shares(consumer) && loader->config->mqtt.protocol != 5)
+		config_warning(
+		    loader,
+		    "%s: MQTT 3.1.1 has no shared subscriptions; a broker that does not know them takes the filter for "
+		    "an ordinary one, on which nothing ever comes",
+		    config_place(loader, consumer->share != NULL ? "consumer.share" : "consumer.connections"));
 	if (consumer->qos == 0 && consumer->connections > 1)
 		complain(loader, "consumer.connections", "with consumer.qos 0 there is one connection only");
 }

@@ -1,7 +1,7 @@
 /*
  * See consumer.h. The order of starting: the spool is opened and the state file saved, which names what will be
- * subscribed; then the connection is made; when it is subscribed, sessions left behind are taken up one after the
- * other. What is published while both an old and a new session exist comes twice rather than not at all.
+ * subscribed; then the connections are made; when one is subscribed, sessions left behind are taken up, all at once.
+ * What is published while both an old and a new session exist comes twice rather than not at all.
  */
 #include "consumer.h"
 
@@ -18,8 +18,15 @@
 struct connection {
 	char *client_id, *name;
 	struct lane *lane; /* NULL once it has stopped */
-	bool subscribed;   /* at least once */
 	bool tidy;         /* its stale filters have been unsubscribed and can be forgotten */
+};
+
+/* A session that is no longer configured. */
+struct leftover {
+	char *client_id;
+	struct lane *lane; /* NULL once it has stopped */
+	bool retiring;     /* it has been told to stop */
+	bool emptied;      /* the state file is to forget it */
 };
 
 struct consumer {
@@ -33,18 +40,18 @@ struct consumer {
 
 	struct delivery *delivery;
 	struct connection *connections;
-	int connection_count;  /* 0 with consumer.qos 0 */
-	struct qos0 *qos0;     /* NULL unless there is a filter for it, and once it has stopped */
-	struct lane *leftover; /* the session left behind that is being emptied, or NULL */
-	char *emptied;         /* client id of one that has been, to be forgotten */
-	bool retiring;         /* leftover has been told to stop */
+	int connection_count; /* 0 with consumer.qos 0 */
+	struct qos0 *qos0;    /* NULL unless there is a filter for it, and once it has stopped */
+	struct leftover *leftovers;
+	size_t leftover_count;
+	bool looked; /* for sessions left behind */
 
 	uv_work_t save;
 	bool saving;
 	bool save_result; /* the job's */
 	bool recorded;    /* the state file names the filter: only then may it be subscribed */
 	bool opened;      /* the delivery has started */
-	bool subscribed;  /* every connection, at least once */
+	bool subscribed;  /* a connection, at least once */
 	bool failed;
 	bool stopping, closing;
 	void (*stopped)(void *owner);
@@ -109,7 +116,7 @@ static void forget_stale_filters(struct consumer *consumer, struct connection *c
 /* Forget what the broker has forgotten. */
 static void tidy_state(struct consumer *consumer)
 {
-	bool changed = consumer->emptied != NULL;
+	bool changed = false;
 	if (consumer->saving)
 		return;
 	for (int i = 0; i < consumer->connection_count; i++) {
@@ -118,38 +125,49 @@ static void tidy_state(struct consumer *consumer)
 		forget_stale_filters(consumer, &consumer->connections[i]);
 		changed = true;
 	}
-	if (consumer->emptied != NULL)
-		state_remove_session(consumer->state, consumer->emptied);
-	free(consumer->emptied);
-	consumer->emptied = NULL;
+	for (size_t i = 0; i < consumer->leftover_count; i++) {
+		struct leftover *leftover = &consumer->leftovers[i];
+		if (!leftover->emptied)
+			continue;
+		state_remove_session(consumer->state, leftover->client_id);
+		leftover->emptied = false;
+		changed = true;
+	}
 	if (changed)
 		save_state(consumer);
 }
 
 /* ---- sessions left behind ---- */
 
+static struct leftover *leftover_of(struct consumer *consumer, const struct lane *lane)
+{
+	struct leftover *leftover = consumer->leftovers;
+	while (leftover->lane != lane)
+		leftover++;
+	return leftover;
+}
+
 static void leftover_stopped(void *owner, struct lane *lane)
 {
 	struct consumer *consumer = owner;
-	consumer->leftover = NULL;
-	consumer->retiring = false;
+	leftover_of(consumer, lane)->lane = NULL;
 	go_on(consumer);
 }
 
-static void retire_leftover(struct consumer *consumer)
+static void retire(struct leftover *leftover)
 {
-	if (consumer->leftover == NULL || consumer->retiring)
+	if (leftover->lane == NULL || leftover->retiring)
 		return;
-	consumer->retiring = true;
-	lane_stop(consumer->leftover, leftover_stopped);
+	leftover->retiring = true;
+	lane_stop(leftover->lane, leftover_stopped);
 }
 
 static void on_emptied(void *owner, struct lane *lane)
 {
 	struct consumer *consumer = owner;
-	free(consumer->emptied);
-	consumer->emptied = memory_string(lane_client_id(lane));
-	retire_leftover(consumer);
+	struct leftover *leftover = leftover_of(consumer, lane);
+	leftover->emptied = true;
+	retire(leftover);
 }
 
 static void ignore_lane(void *owner, struct lane *lane)
@@ -164,19 +182,10 @@ static bool is_configured(const struct consumer *consumer, const char *client_id
 	return false;
 }
 
-/* Take up the next session of the state file that is not ours. */
-static void start_leftover(struct consumer *consumer)
+static void start_leftover(struct consumer *consumer, const char *client_id)
 {
 	static const struct lane_handler handler = {
 	    .subscribed = ignore_lane, .unsubscribed = ignore_lane, .emptied = on_emptied};
-	const char *client_id = NULL;
-	if (!consumer->subscribed || consumer->leftover != NULL || consumer->saving || consumer->emptied != NULL)
-		return;
-	for (size_t i = 0; (client_id = state_session(consumer->state, i)) != NULL; i++)
-		if (!is_configured(consumer, client_id))
-			break;
-	if (client_id == NULL)
-		return;
 	log_info("consumer", "%s: this session is no longer configured; taking what the broker has queued for it",
 	         client_id);
 	const char **stale = stale_filters(consumer, client_id, NULL);
@@ -186,9 +195,31 @@ static void start_leftover(struct consumer *consumer)
 	                               .client_id = client_id,
 	                               .stale = stale,
 	                               .name = "session left behind"};
-	consumer->leftover = lane_create(consumer->loop, &options, &handler, consumer);
+	struct leftover *leftover = &consumer->leftovers[consumer->leftover_count++];
+	leftover->client_id = memory_string(client_id);
+	leftover->emptied = client_id[0] == 0; /* by whoever wrote the file: no broker has such a session */
+	if (leftover->emptied)
+		return;
+	leftover->lane = lane_create(consumer->loop, &options, &handler, consumer);
 	free(stale);
-	lane_go(consumer->leftover);
+	lane_go(leftover->lane);
+}
+
+/* Take up the sessions of the state file that are not ours, all at once: as long as one is subscribed, what it gets
+ * comes twice. */
+static void start_leftovers(struct consumer *consumer)
+{
+	const char *client_id;
+	size_t count = 0;
+	if (!consumer->subscribed || consumer->looked || consumer->saving)
+		return;
+	consumer->looked = true;
+	while (state_session(consumer->state, count) != NULL)
+		count++;
+	consumer->leftovers = memory_zeroed(count + 1, sizeof *consumer->leftovers);
+	for (size_t i = 0; (client_id = state_session(consumer->state, i)) != NULL; i++)
+		if (!is_configured(consumer, client_id))
+			start_leftover(consumer, client_id);
 }
 
 /* ---- what the parts say ---- */
@@ -216,16 +247,9 @@ static void on_accepts(void *owner)
 	struct consumer *consumer = owner;
 	if (consumer->recorded && consumer->opened && !consumer->stopping)
 		connect_all(consumer);
-	if (consumer->leftover != NULL && !consumer->retiring)
-		lane_go(consumer->leftover);
-}
-
-static void all_subscribed(struct consumer *consumer)
-{
-	consumer->subscribed = true;
-	if (consumer->handler.subscribed != NULL)
-		consumer->handler.subscribed(consumer->owner);
-	go_on(consumer);
+	for (size_t i = 0; i < consumer->leftover_count; i++)
+		if (consumer->leftovers[i].lane != NULL && !consumer->leftovers[i].retiring)
+			lane_go(consumer->leftovers[i].lane);
 }
 
 static struct connection *connection_of(struct consumer *consumer, const struct lane *lane)
@@ -236,14 +260,14 @@ static struct connection *connection_of(struct consumer *consumer, const struct 
 	return connection;
 }
 
+/* One of the connections is enough: what it gets of the group's messages is all of them, as long as it is alone. */
 static void on_subscribed(void *owner, struct lane *lane)
 {
 	struct consumer *consumer = owner;
-	connection_of(consumer, lane)->subscribed = true;
-	for (int i = 0; i < consumer->connection_count; i++)
-		if (!consumer->connections[i].subscribed)
-			return;
-	all_subscribed(consumer);
+	consumer->subscribed = true;
+	if (consumer->handler.subscribed != NULL)
+		consumer->handler.subscribed(consumer->owner);
+	go_on(consumer);
 }
 
 static void on_unsubscribed(void *owner, struct lane *lane)
@@ -257,7 +281,7 @@ static void on_qos0_subscribed(void *owner)
 {
 	struct consumer *consumer = owner;
 	if (consumer->connection_count == 0)
-		all_subscribed(consumer);
+		on_subscribed(consumer, NULL);
 }
 
 /* ---- what comes next ---- */
@@ -275,7 +299,7 @@ static void go_on(struct consumer *consumer)
 		if (consumer->qos0 != NULL)
 			qos0_go(consumer->qos0);
 		tidy_state(consumer);
-		start_leftover(consumer);
+		start_leftovers(consumer);
 	}
 }
 
@@ -312,23 +336,21 @@ static void start_connection(struct consumer *consumer, int number, const char *
 	state_add_filter(consumer->state, connection->client_id, consumer->filter);
 }
 
-static void start_connections(struct consumer *consumer)
+static void start_connections(struct consumer *consumer, const char *client_id)
 {
 	const struct config *config = consumer->config;
-	char *client_id = memory_string(state_client_id(consumer->state, config->mqtt.client_id));
 	consumer->filter = make_filter(&config->consumer, client_id);
 	consumer->connection_count = config->consumer.connections;
 	consumer->connections = memory_zeroed((size_t)consumer->connection_count, sizeof *consumer->connections);
 	for (int number = 1; number <= consumer->connection_count; number++)
 		start_connection(consumer, number, client_id);
-	free(client_id);
 }
 
 /* With consumer.qos 0 it serves consumer.topic, and the service has subscribed when it has. */
-static void start_qos0(struct consumer *consumer)
+static void start_qos0(struct consumer *consumer, const char *prefix)
 {
 	bool only = consumer->config->consumer.qos == 0;
-	char *client_id = memory_format("%s-0", state_client_id(consumer->state, consumer->config->mqtt.client_id));
+	char *client_id = memory_format("%s-0", prefix);
 	struct qos0_options options = {
 	    .config = consumer->config,
 	    .delivery = consumer->delivery,
@@ -342,7 +364,8 @@ static void start_qos0(struct consumer *consumer)
 }
 
 struct consumer *consumer_start(uv_loop_t *loop, const struct config *config, struct state *state,
-                                struct metrics_consumer *counters, const struct consumer_handler *handler, void *owner)
+                                const char *client_id, struct metrics_consumer *counters,
+                                const struct consumer_handler *handler, void *owner)
 {
 	static const struct delivery_handler delivery_handler = {.started = on_started, .accepts = on_accepts};
 	struct consumer *consumer = memory_zeroed(1, sizeof *consumer);
@@ -354,9 +377,9 @@ struct consumer *consumer_start(uv_loop_t *loop, const struct config *config, st
 	consumer->owner = owner;
 	consumer->delivery = delivery_start(loop, config, counters, &delivery_handler, consumer);
 	if (config->consumer.qos > 0)
-		start_connections(consumer);
+		start_connections(consumer, client_id);
 	if (config->consumer.qos == 0 || config->consumer.qos0_topic != NULL)
-		start_qos0(consumer);
+		start_qos0(consumer, client_id);
 	char promise[128];
 	delivery_promise(consumer->delivery, promise, sizeof promise);
 	log_info("consumer", "a message is acknowledged once MongoDB has it with %s%s", promise,
@@ -378,7 +401,9 @@ static void delivery_stopped(void *owner)
 	}
 	free(consumer->connections);
 	free(consumer->filter);
-	free(consumer->emptied);
+	for (size_t i = 0; i < consumer->leftover_count; i++)
+		free(consumer->leftovers[i].client_id);
+	free(consumer->leftovers);
 	free(consumer);
 	stopped(context);
 }
@@ -414,7 +439,8 @@ void consumer_stop(struct consumer *consumer, void (*stopped)(void *owner))
 		lane_stop(consumer->connections[i].lane, lane_stopped);
 	if (consumer->qos0 != NULL)
 		qos0_stop(consumer->qos0, qos0_stopped);
-	retire_leftover(consumer);
+	for (size_t i = 0; i < consumer->leftover_count; i++)
+		retire(&consumer->leftovers[i]);
 	close_when_idle(consumer);
 }
 
@@ -423,15 +449,18 @@ void consumer_hurry(struct consumer *consumer)
 	for (int i = 0; i < consumer->connection_count; i++)
 		if (consumer->connections[i].lane != NULL)
 			lane_hurry(consumer->connections[i].lane);
-	if (consumer->leftover != NULL)
-		lane_hurry(consumer->leftover);
+	for (size_t i = 0; i < consumer->leftover_count; i++)
+		if (consumer->leftovers[i].lane != NULL)
+			lane_hurry(consumer->leftovers[i].lane);
 	if (consumer->qos0 != NULL)
 		qos0_hurry(consumer->qos0);
 }
 
 bool consumer_is_done(const struct consumer *consumer)
 {
-	bool connected = consumer->leftover != NULL || consumer->qos0 != NULL;
+	bool connected = consumer->qos0 != NULL;
+	for (size_t i = 0; i < consumer->leftover_count; i++)
+		connected = connected || consumer->leftovers[i].lane != NULL;
 	for (int i = 0; i < consumer->connection_count; i++)
 		connected = connected || consumer->connections[i].lane != NULL;
 	return consumer->stopping && !connected && !consumer->saving && consumer->opened;

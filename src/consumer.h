@@ -24,9 +24,11 @@ struct consumer_handler {
 	void (*failed)(void *owner);
 };
 
-/* Start consuming. `config`, `state` and `counters` are borrowed until `stopped`. */
+/* Start consuming. `config`, `state` and `counters` are borrowed until `stopped`. `client_id` is what those of the
+ * connections begin with. */
 struct consumer *consumer_start(uv_loop_t *loop, const struct config *config, struct state *state,
-                                struct metrics_consumer *counters, const struct consumer_handler *handler, void *owner);
+                                const char *client_id, struct metrics_consumer *counters,
+                                const struct consumer_handler *handler, void *owner);
 
 /* Read no more, store (or spool) and acknowledge what is in flight, disconnect. `stopped` is called when everything is
  * closed, and then the memory is gone. */

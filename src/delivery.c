@@ -282,8 +282,6 @@ static void report(struct delivery_parcel *parcel, size_t open)
 	parcel->reported = true;
 	parcel->sender = NULL;
 	delivery->under_way--;
-	if (open == 0 && delivery->under_way == 0)
-		delivery->handbacks = 0; /* a part of what was handed back would prove little */
 	release(parcel);
 	sender->settled(sender, durable, open, bytes);
 }
@@ -317,6 +315,7 @@ static void store_done(uv_work_t *job, int status)
 	struct worker *worker = container_of(job, struct worker, job);
 	struct delivery *delivery = worker->delivery;
 	struct delivery_parcel *parcel = worker->parcel;
+	bool stored = worker->report.open == 0;
 	worker->parcel = NULL;
 	parcel->storing = false;
 	delivery->counters->batches++;
@@ -325,6 +324,10 @@ static void store_done(uv_work_t *job, int status)
 		release(parcel);
 	else if (!parcel->spooling)
 		conclude(parcel);
+	if (stored && delivery->refusing) { /* it takes what other connections bring */
+		uv_timer_stop(&delivery->retry);
+		take_again(delivery);
+	}
 	advance(delivery);
 }
 
@@ -434,12 +437,15 @@ static void on_committed(void *owner, size_t kept)
 
 static uint64_t overdue_at(const struct delivery_parcel *parcel)
 {
-	return parcel->started_at + (uint64_t)parcel->delivery->config->spool.after_ms;
+	return parcel->phase == READY ? parcel->ready_at + parcel->sender->patience_ms
+	                              : parcel->started_at + (uint64_t)parcel->delivery->config->spool.after_ms;
 }
 
+/* In MongoDB's hands, or in the queue for a worker, where its connection's hold limit runs as well. */
 static bool may_be_overdue(const struct delivery_parcel *parcel)
 {
-	return parcel->phase == STORING && !parcel->overdue && outbox_is_usable(parcel->delivery->outbox);
+	bool candidate = parcel->phase == STORING ? !parcel->overdue : parcel->phase == READY && parcel->sender->spools;
+	return candidate && outbox_is_usable(parcel->delivery->outbox);
 }
 
 /* An attempt takes longer than a broker should wait for its acknowledgement. */
@@ -450,10 +456,12 @@ static void overdue_due(uv_timer_t *timer)
 		struct delivery_parcel *parcel = delivery->parcels[i];
 		if (!may_be_overdue(parcel) || overdue_at(parcel) > uv_now(delivery->loop))
 			continue;
-		parcel->overdue = true;
+		if (parcel->phase == STORING) {
+			parcel->overdue = true;
+			set_away(delivery);
+		}
 		if (may_spool(parcel))
 			parcel->phase = QUEUED;
-		set_away(delivery);
 	}
 	advance(delivery);
 }
@@ -586,12 +594,19 @@ void delivery_submit(struct delivery_parcel *parcel)
 	struct delivery *delivery = parcel->delivery;
 	parcel->phase = READY;
 	parcel->submitted_at = uv_hrtime();
+	parcel->ready_at = uv_now(delivery->loop);
 	delivery->under_way++;
 	advance(delivery);
 }
 
+void delivery_round_stored(struct delivery *delivery)
+{
+	delivery->handbacks = 0; /* a part of what was handed back would prove little */
+}
+
 void delivery_give_up(struct delivery *delivery, struct delivery_sender *sender, enum metrics_cause cause)
 {
+	bool was_refusing = delivery->refusing;
 	for (size_t i = 0; i < delivery->parcel_count; i++) {
 		struct delivery_parcel *parcel = delivery->parcels[i];
 		if (parcel->sender != sender || parcel->phase == FREE || parcel->phase == FILLING)
@@ -602,7 +617,7 @@ void delivery_give_up(struct delivery *delivery, struct delivery_sender *sender,
 		if (!parcel->storing && !parcel->spooling)
 			conclude(parcel);
 	}
-	if (cause == METRICS_HOLD_LIMIT)
+	if (cause == METRICS_HOLD_LIMIT && !was_refusing) /* once for all connections of an outage */
 		delivery->handbacks++;
 	advance(delivery);
 }

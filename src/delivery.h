@@ -22,7 +22,8 @@ struct delivery_sender {
 	/* Everything in a parcel has its outcome: `durable` messages, and `open` ones that were given up. Each parcel
 	 * once; it is no longer the sender's. May submit others, and must not give up its own. */
 	void (*settled)(struct delivery_sender *sender, size_t durable, size_t open, size_t bytes);
-	bool spools; /* what MongoDB does not take may go to the spool */
+	bool spools;          /* what MongoDB does not take may go to the spool, */
+	uint64_t patience_ms; /* and what has waited so long for a worker */
 };
 
 /* A batch on its way. The sender fills `batch` between delivery_take() and delivery_submit(), and only then. */
@@ -36,6 +37,7 @@ struct delivery_parcel {
 	bool reported, given_up;
 	enum metrics_cause cause; /* of giving up */
 	uint64_t submitted_at;    /* uv_hrtime() */
+	uint64_t ready_at;        /* the same moment, loop time */
 	uint64_t started_at;      /* loop time of the attempt under way */
 };
 
@@ -53,6 +55,9 @@ struct delivery *delivery_start(uv_loop_t *loop, const struct config *config, st
 
 /* An empty parcel for `sender` to fill. Never NULL. */
 struct delivery_parcel *delivery_take(struct delivery *delivery, struct delivery_sender *sender);
+
+/* All of a connection's round is durable. */
+void delivery_round_stored(struct delivery *delivery);
 
 /* What the parcel's messages take in memory. */
 size_t delivery_bytes(const struct delivery_parcel *parcel);

@@ -17,6 +17,9 @@
 #include <stdlib.h>
 #include <string.h>
 
+/* What the next SUBACK answers. */
+enum question { NOTHING, FILTER, VERSION, FILTER_AGAIN };
+
 struct inspection {
 	uv_loop_t loop;
 	const struct config *config;
@@ -25,7 +28,7 @@ struct inspection {
 	bool dry_run;
 	bool interrupted;
 	bool loses_shares; /* the broker */
-	int asking;        /* SUBACKs still to come */
+	enum question asking;
 	size_t held;
 	int exit_code;
 	uv_signal_t interrupt, terminate;
@@ -62,6 +65,14 @@ static void on_signal(uv_signal_t *handle, int number)
 	end(inspection, inspection->dry_run ? 0 : 1); /* a check cut short has shown nothing */
 }
 
+/* Without $share/: in the group the check would take messages from a service that runs. */
+static void subscribe(struct inspection *inspection)
+{
+	const struct config_consumer *config = &inspection->config->consumer;
+	int qos = inspection->dry_run ? 0 : config->qos;
+	mqtt_subscribe(inspection->mqtt, config->topic, qos > 1 ? 1 : qos);
+}
+
 static void on_up(void *owner, const struct mqtt_granted *granted)
 {
 	struct inspection *inspection = owner;
@@ -74,33 +85,47 @@ static void on_up(void *owner, const struct mqtt_granted *granted)
 		end(inspection, 0);
 		return;
 	}
-	inspection->asking = 1;
-	if (!inspection->dry_run && config_shares(&config->consumer)) {
-		if (!granted->shares) {
-			printf("broker    failed: it takes no shared subscriptions; set consumer.connections 1 and no "
-			       "consumer.share\n");
-			end(inspection, 1);
-			return;
-		}
-		mqtt_subscribe(inspection->mqtt, BROKER_VERSION, 0); /* answered before the next one */
-		inspection->asking++;
+	if (!inspection->dry_run && config_shares(&config->consumer) && !granted->shares) {
+		printf("broker    failed: it takes no shared subscriptions; set consumer.connections 1 and no "
+		       "consumer.share\n");
+		end(inspection, 1);
+		return;
 	}
-	/* Without $share/: in the group the check would take messages from a service that runs. */
-	int qos = inspection->dry_run ? 0 : config->consumer.qos;
-	mqtt_subscribe(inspection->mqtt, config->consumer.topic, qos > 1 ? 1 : qos);
+	inspection->asking = FILTER;
+	subscribe(inspection);
 }
 
 static void on_down(void *owner)
 {
-	end(owner, 1); /* the connection has said why */
+	struct inspection *inspection = owner;
+	end(inspection, inspection->asking <= FILTER); /* the connection has said why */
+}
+
+/* Last, for there are brokers that hang up on those who ask for $SYS. What it has retained comes before its answer to
+ * the next SUBSCRIBE. */
+static void ask_version(struct inspection *inspection, int reason)
+{
+	inspection->asking++;
+	if (inspection->asking == VERSION && config_shares(&inspection->config->consumer)) {
+		mqtt_subscribe(inspection->mqtt, BROKER_VERSION, 0);
+	} else if (inspection->asking == FILTER_AGAIN && reason < 0x80) {
+		subscribe(inspection);
+	} else {
+		if (inspection->loses_shares)
+			printf("broker    warning: mosquitto before 2.0.12, unless patched, loses messages of shared "
+			       "subscriptions when a session is resumed\n");
+		end(inspection, 0);
+	}
 }
 
 static void on_subscribed(void *owner, int reason)
 {
 	struct inspection *inspection = owner;
 	const char *filter = inspection->config->consumer.topic;
-	if (--inspection->asking > 0)
-		return; /* $SYS, which not every broker lets us read */
+	if (inspection->asking != FILTER) {
+		ask_version(inspection, reason);
+		return;
+	}
 	if (reason >= 0x80) {
 		printf("subscribe failed: the broker refuses %s (reason 0x%02x); check its access rules\n", filter,
 		       (unsigned)reason);
@@ -113,11 +138,7 @@ static void on_subscribed(void *owner, int reason)
 		        filter);
 	} else {
 		printf("subscribe ok: %s at QoS %d\n", filter, reason);
-		if (inspection->loses_shares)
-			printf(
-			    "broker    warning: mosquitto before 2.0.12 loses messages of shared subscriptions when a "
-			    "connection is taken up again; use a newer one\n");
-		end(inspection, 0);
+		ask_version(inspection, reason);
 	}
 }
 

@@ -17,6 +17,7 @@ enum {
 	SHARES_REFUSED = 0x9e, /* MQTT 5 §3.9.3 */
 	TIMERS = 3,
 	HOLD_MARGIN_MS = 2000,
+	PATIENCE_SHARE = 4, /* of the hold limit: so long a parcel may wait for a worker */
 	KEEPALIVE_DEFAULT_MS = 60000,
 	QUIET_MS = 1000,  /* a session left behind is empty when it is silent this long, */
 	QUIET_ROUNDS = 3, /* this often in a row, with an answer of the broker in between */
@@ -89,8 +90,10 @@ static void round_over(struct lane *lane)
 {
 	uv_timer_stop(&lane->hold);
 	lane->pending_bytes = 0;
-	if (lane->returned == 0)
+	if (lane->returned == 0) {
+		delivery_round_stored(lane->delivery);
 		return;
+	}
 	log_warn("consumer", "%zu messages handed back to the broker unacknowledged; it delivers them again",
 	         lane->returned);
 	lane->returned = 0;
@@ -143,10 +146,8 @@ static void silent(uv_timer_t *timer);
 static void unsubscribe_stale(struct lane *lane)
 {
 	lane->unsubscribes = 0;
-	for (char **filter = lane->stale; *filter != NULL; filter++) {
-		mqtt_unsubscribe(lane->mqtt, *filter);
-		lane->unsubscribes++;
-	}
+	for (char **filter = lane->stale; *filter != NULL; filter++)
+		lane->unsubscribes += mqtt_unsubscribe(lane->mqtt, *filter);
 }
 
 static void end_emptied(struct lane *lane, const char *why)
@@ -173,6 +174,7 @@ static void on_up(void *owner, const struct mqtt_granted *granted)
 {
 	struct lane *lane = owner;
 	lane->hold_ms = hold_limit(granted->keepalive_s);
+	lane->sender.patience_ms = lane->hold_ms / PATIENCE_SHARE;
 	lane->quiet = 0;
 	if (lane->filter == NULL && !granted->session_present) {
 		end_emptied(lane, "is not known to the broker");
@@ -188,10 +190,11 @@ static void on_up(void *owner, const struct mqtt_granted *granted)
 	int qos = lane->config->consumer.qos;
 	if (lane->filter != NULL)
 		mqtt_subscribe(lane->mqtt, lane->filter, qos > 1 ? 1 : qos);
+	else
+		unsubscribe_stale(lane);
 	for (char **filter = lane->stale; *filter != NULL; filter++)
 		log_info("consumer", "%s: unsubscribing from %s, which is no longer configured", lane->client_id,
 		         *filter);
-	unsubscribe_stale(lane);
 	if (lane->filter == NULL)
 		uv_timer_start(&lane->silence, silent, QUIET_MS, 0);
 }
@@ -277,6 +280,8 @@ static void on_drained(void *owner)
 static void on_subscribed(void *owner, int reason)
 {
 	struct lane *lane = owner;
+	if (lane->filter == NULL)
+		return; /* not asked for */
 	if (reason >= 0x80) {
 		char *why = reason == SHARES_REFUSED
 		                ? memory_string(NO_SHARES)
@@ -290,9 +295,11 @@ static void on_subscribed(void *owner, int reason)
 	if (reason < lane->config->consumer.qos && reason < 1)
 		log_warn("consumer", "the broker grants %s only at QoS %d: messages may be lost on the way",
 		         lane->filter, reason);
-	log_info("consumer", "subscribed to %s at QoS %d", lane->filter, reason);
+	log_info("consumer", "subscribed to %s at QoS %d%s%s", lane->filter, reason, is_shared(lane) ? " as " : "",
+	         is_shared(lane) ? lane->client_id : "");
 	lane->counters->connections_up += !lane->up;
 	lane->up = true;
+	unsubscribe_stale(lane); /* now, for without the new filter the old one is better than none */
 	lane->handler.subscribed(lane->owner, lane);
 }
 
@@ -390,11 +397,6 @@ void lane_go(struct lane *lane)
 bool lane_is_up(const struct lane *lane)
 {
 	return lane->mqtt != NULL && mqtt_is_up(lane->mqtt);
-}
-
-const char *lane_client_id(const struct lane *lane)
-{
-	return lane->client_id;
 }
 
 /* ---- stopping ---- */

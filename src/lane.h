@@ -47,7 +47,6 @@ struct lane *lane_create(uv_loop_t *loop, const struct lane_options *options, co
 void lane_go(struct lane *lane);
 
 bool lane_is_up(const struct lane *lane);
-const char *lane_client_id(const struct lane *lane);
 
 /* Read no more, wait until everything is durable, disconnect. `stopped` is called when everything is closed, and then
  * the memory is gone. */

@@ -1059,9 +1059,9 @@ void mqtt_subscribe(struct mqtt *mqtt, const char *filter, int qos)
 	}
 }
 
-void mqtt_unsubscribe(struct mqtt *mqtt, const char *filter)
+bool mqtt_unsubscribe(struct mqtt *mqtt, const char *filter)
 {
-	mosquitto_unsubscribe_v5(mqtt->client, NULL, filter, NULL);
+	return mosquitto_unsubscribe_v5(mqtt->client, NULL, filter, NULL) == MOSQ_ERR_SUCCESS;
 }
 
 int mqtt_publish(struct mqtt *mqtt, const char *topic, const void *payload, size_t length, int qos)

@@ -92,7 +92,8 @@ void mqtt_connect(struct mqtt *mqtt);
  * subscription). qos 0 or 1. */
 void mqtt_subscribe(struct mqtt *mqtt, const char *filter, int qos);
 
-void mqtt_unsubscribe(struct mqtt *mqtt, const char *filter);
+/* Send UNSUBSCRIBE. False: the library does not take the filter, which nobody can have subscribed to. */
+bool mqtt_unsubscribe(struct mqtt *mqtt, const char *filter);
 
 /* Queue a PUBLISH; call mqtt_flush() after the last of a burst. Returns the message's id, 1 to 65535, by which
  * handler->published names it, or 0 when it could not be taken: not connected, or refused by the library (invalid

@@ -240,7 +240,7 @@ static uint64_t choose_seed(const struct config_publisher *config)
 	return seed;
 }
 
-struct publisher *publisher_start(uv_loop_t *loop, const struct config *config, struct state *state,
+struct publisher *publisher_start(uv_loop_t *loop, const struct config *config, const char *prefix,
                                   struct metrics_publisher *counters, const struct publisher_handler *handler,
                                   void *owner)
 {
@@ -257,7 +257,7 @@ struct publisher *publisher_start(uv_loop_t *loop, const struct config *config, 
 	if (config->http.enabled)
 		publisher->published_at = memory_zeroed(IDS, sizeof *publisher->published_at);
 	uv_timer_init(loop, &publisher->timer);
-	char *client_id = memory_format("%s-pub", state_client_id(state, config->mqtt.client_id));
+	char *client_id = memory_format("%s-pub", prefix);
 	struct mqtt_options options = {
 	    .config = &config->mqtt, .client_id = client_id, .name = "publisher", .keep_client = true};
 	publisher->mqtt = mqtt_create(loop, &options, &mqtt_handler, publisher);

@@ -10,7 +10,6 @@
 
 #include "config.h"
 #include "metrics.h"
-#include "state.h"
 
 #include <stdbool.h>
 #include <uv.h>
@@ -29,8 +28,9 @@ struct publisher_handler {
 	void (*done)(void *owner);
 };
 
-/* Connect; publishing starts with publisher_go(). `config` and `counters` are borrowed until `stopped`. */
-struct publisher *publisher_start(uv_loop_t *loop, const struct config *config, struct state *state,
+/* Connect, with a client id that begins with `client_id`; publishing starts with publisher_go(). `config` and
+ * `counters` are borrowed until `stopped`. */
+struct publisher *publisher_start(uv_loop_t *loop, const struct config *config, const char *client_id,
                                   struct metrics_publisher *counters, const struct publisher_handler *handler,
                                   void *owner);
 

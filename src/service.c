@@ -36,7 +36,8 @@ enum {
 struct service {
 	uv_loop_t loop;
 	const struct config *config;
-	struct state *state;
+	struct state *state; /* the consumer's, while it runs: a worker may be saving it */
+	char *client_id;
 
 	struct consumer *consumer;
 	struct publisher *publisher;
@@ -213,8 +214,7 @@ static void start_broker(struct service *service)
 	const struct config *config = service->config;
 	if (config->http.enabled || shares(config))
 		service->broker =
-		    broker_start(&service->loop, &config->mqtt, state_client_id(service->state, config->mqtt.client_id),
-		                 shares(config), service);
+		    broker_start(&service->loop, &config->mqtt, service->client_id, shares(config), service);
 }
 
 static bool wants_status(const struct service *service)
@@ -348,8 +348,8 @@ static bool start_consumer(struct service *service, char *error, size_t error_si
 		return true;
 	if (!state_lock(service->state, "consumer", error, error_size))
 		return false;
-	service->consumer = consumer_start(&service->loop, service->config, service->state, &service->consumer_counters,
-	                                   &handler, service);
+	service->consumer = consumer_start(&service->loop, service->config, service->state, service->client_id,
+	                                   &service->consumer_counters, &handler, service);
 	service->consumer_ran = true;
 	return true;
 }
@@ -362,7 +362,7 @@ static bool start_publisher(struct service *service, char *error, size_t error_s
 	if (!state_lock(service->state, "publisher", error, error_size))
 		return false;
 	service->publisher_before = service->publisher_counters;
-	service->publisher = publisher_start(&service->loop, service->config, service->state,
+	service->publisher = publisher_start(&service->loop, service->config, service->client_id,
 	                                     &service->publisher_counters, &handler, service);
 	service->publisher_ran = true;
 	/* The broker discards what nobody is subscribed to. */
@@ -553,8 +553,8 @@ struct service *service_create(const struct config *config, char *error, size_t 
 	struct state *state = state_open(config->state_dir, error, error_size);
 	if (state == NULL)
 		return NULL;
-	state_client_id(state,
-	                config->mqtt.client_id); /* made now, if it has to be, and saved: it must stay the same */
+	/* Made now, if it has to be, and saved: it must stay the same. */
+	state_client_id(state, config->mqtt.client_id);
 	if (!state_save(state, error, error_size)) {
 		state_close(state);
 		return NULL;
@@ -562,6 +562,7 @@ struct service *service_create(const struct config *config, char *error, size_t 
 	struct service *service = memory_zeroed(1, sizeof *service);
 	service->config = config;
 	service->state = state;
+	service->client_id = memory_string(state_client_id(state, config->mqtt.client_id));
 	service->started_ms = clock_wall_ms();
 	size_thread_pool(config);
 	signal(SIGPIPE, SIG_IGN); /* the libraries write to sockets that may be gone */
@@ -571,6 +572,7 @@ struct service *service_create(const struct config *config, char *error, size_t 
 		         "cannot start the event loop: %s; has the process enough file descriptors (ulimit -n)?",
 		         uv_strerror(result));
 		state_close(state);
+		free(service->client_id);
 		free(service);
 		return NULL;
 	}
@@ -604,6 +606,7 @@ void service_destroy(struct service *service)
 		abort();
 	}
 	state_close(service->state);
+	free(service->client_id);
 	mosquitto_lib_cleanup();
 	free(service);
 }
