@@ -13,6 +13,7 @@ import charts
 import targets
 from charts import number
 
+GROWING = ("growth",)  # the works of which x is the point
 COLUMNS = ("contender", "case", "median", "min–max", "ratio", "CPU µs/msg", "peak MiB", "notes")
 
 
@@ -55,10 +56,10 @@ def table(header, rows, right=()):
 
 
 def head(results):
-    machine = [(name, value) for name, value in results["machine"].items()]
-    versions = [(name, value) for name, value in results["versions"].items()]
+    begun, command = results["begun"].replace("T", " ").replace("+00:00", " UTC"), " ".join(results["command"])
+    machine, versions = results["machine"].items(), results["versions"].items()
     return "\n".join([
-        "# Measured", "", f"{results['date']}, by", "", f"    {results['command']}", "",
+        "# Measured", "", f"{begun}, in {results['seconds'] // 60} minutes, by", "", f"    {command}", "",
         "Medians of the rounds; contenders take turns on the same servers. Machines are noisy: what counts is the ratio of two",
         "that were measured in one run. Every value of every round is in [results.json](results.json).", "",
         table(("machine", ""), machine), table(("version", ""), versions)])
@@ -74,32 +75,38 @@ def section(work, drawn):
     parts = [f"## {work['title']}", ""]
     if work.get("parameters"):
         parts += [", ".join(f"{name} {cell(value)}" for name, value in work["parameters"].items()), ""]
-    if work.get("error"):
-        parts += ["**This work failed:**", "", *("    " + line for line in str(work["error"]).strip().splitlines()), ""]
-    if work.get("rows"):
+    parts += failures(work)
+    if work["rows"]:
         parts += [work_table(work)]
+    parts += [f"- Not measured: {one['contender']}, {case_of(one)}: {one['why']}" for one in work.get("left_out", [])]
+    if work.get("left_out"):
+        parts += [""]
     for name in drawn:
         parts += [f"![{work['title']}]({name})", ""]
-    details = [line for row in work.get("rows", []) for line in row_details(row)]
+    details = [line for row in work["rows"] for line in row_details(row)]
     return "\n".join(parts + (details + [""] if details else []))
 
 
+def failures(work):
+    """What went wrong, in its own words. Where no contender is named the whole work broke down."""
+    lines = []
+    for error in work["errors"]:
+        who = "This work" if error["contender"] is None else f"{error['contender']}, {case_of(error)}"
+        lines += [f"**{who} failed:**", "", *("    " + line for line in error["error"].strip().splitlines()), ""]
+    return lines
+
+
 def row_details(row):
-    """What a row breaks down to: extra["breakdown"] is {what: number}, the largest first."""
-    breakdown = row["extra"].get("breakdown")
-    if not breakdown:
+    """What a row breaks down to: extra["breakdown"] is [{what: number} for each round]; the last one's, the largest first."""
+    if not row["extra"].get("breakdown"):
         return []
-    parts = sorted(breakdown.items(), key=lambda item: -item[1])
+    parts = sorted(row["extra"]["breakdown"][-1].items(), key=lambda item: -item[1])
     return [f"- {row['contender']}, {case_of(row)}: " + ", ".join(f"{what} {number(share)}" for what, share in parts)]
-
-
-def base_of(work):
-    return work.get("base", "bare")
 
 
 def work_table(work):
     """One line a row; columns that would be empty are left out."""
-    base = base_of(work)
+    base = work.get("base", "bare")
     header = [f"ratio to {base}" if name == "ratio" else name for name in COLUMNS]
     lines = [_line(work, row, base) for row in work["rows"]]
     kept = [place for place in range(len(header)) if any(line[place] for line in lines)]
@@ -152,19 +159,26 @@ def ratio(work, row, base):
 # --- the charts ------------------------------------------------------------------------------------------------------
 
 def draw(work):
-    """{file name: SVG} of a work: percentile curves where rows have them, lines where they have an x, else bars."""
-    rows = [row for row in work.get("rows", []) if present(row["values"]) or row["extra"].get("curve")]
-    curved = [row for row in rows if row["extra"].get("curve")]
+    """{file name: SVG} of a work: percentile curves where rows have them, lines for what grows, else bars."""
+    curved = [row for row in work["rows"] if row["extra"].get("curve")]
     if curved:
         return {chart_name(work, case): charts.percentiles(f"{work['title']}: {case}", [
-            (row["contender"], row["extra"]["curve"], row["contender"]) for row in curved if row["case"] == case])
+            (row["contender"], middle_curve(row["extra"]["curve"]), row["contender"]) for row in curved if row["case"] == case])
             for case in unique(row["case"] for row in curved)}
-    placed = [row for row in rows if row.get("x") is not None]
-    if placed and len({row["x"] for row in placed}) > 1:
-        return draw_lines(work, placed)
+    rows = [row for row in work["rows"] if present(row["values"])]
+    if work["name"] in GROWING:
+        return draw_lines(work, rows)
     units = unique(unit_of(work, row) for row in rows)
     return {chart_name(work, unit if len(units) > 1 else ""): draw_bars(work, unit, [
         row for row in rows if unit_of(work, row) == unit]) for unit in units}
+
+
+def middle_curve(curves):
+    """Of the rounds' curves [[percentile, ms], …] the median at each percentile."""
+    found = {}
+    for share, ms in (point for curve in curves for point in curve):
+        found.setdefault(share, []).append(ms)
+    return [(share, statistics.median(values)) for share, values in sorted(found.items())]
 
 
 def unit_of(work, row):

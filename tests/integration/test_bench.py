@@ -26,14 +26,14 @@ def row(contender, values, case="200000", **more):
 
 def work(name, rows, **more):
     return {"name": name, "title": name.capitalize(), "unit": "msg/s", "better": "higher", "parameters": {"window": 4096},
-            "rows": rows, **more}
+            "rows": rows, "errors": [], **more}
 
 
 CURVE = [[0, 1.0], [50, 2.0], [90, 3.5], [99, 8.0], [99.9, 40.0], [99.99, 90.0], [100, 91.0]]
 
 
 def results(*works):
-    return {"date": "2026-11-23", "command": "scripts/bench --quick", "machine": {"processor": "a | b", "cores": 2},
+    return {"begun": "2026-11-23T20:00:00+00:00", "seconds": 200, "command": ["bench/main.py", "--quick"], "machine": {"processor": "a | b", "cores": 2},
             "versions": {"mongod": "6.0.5"}, "works": list(works)}
 
 
@@ -41,13 +41,16 @@ def sample():
     drain = work("drain", [
         row("bare", [200_000, 100_000, 300_000], cpu_us=[4, 5, 6], peak_mib=[3, 3, 3]),
         row("mqtt2mongo-1", [120_000, 110_000, 90_000], cpu_us=[9, 8, 7], peak_mib=[20, 21, 22], notes="of <all> & each"),
-        row("mqtt2mongo-4", [150_000, 140_000, 120_000]), row("node", [60_000, 50_000, 40_000])])
-    latency = work("latency", [row("mqtt2mongo-1", [8.0], "50 %", extra={"curve": CURVE}),
-                               row("node-durable", [16.0], "50 %", extra={"curve": [[share, ms * 2] for share, ms in CURVE]})],
+        row("mqtt2mongo-4", [150_000, 140_000, 120_000]), row("node", [60_000, 50_000, 40_000])],
+        left_out=[{"contender": "python", "case": "200000", "why": "too slow"}],
+        errors=[{"contender": "insert-1", "case": "200000", "error": "ended with 1"}])
+    latency = work("latency", [row("mqtt2mongo-1", [8.0], "50 %", extra={"curve": [CURVE]}),
+                               row("node-durable", [16.0], "50 %", extra={"curve": [[[share, ms * factor] for share, ms in CURVE] for factor in (1, 2, 9)]})],
                    unit="ms", better="lower")
     growth = work("growth", [row("mqtt2mongo-1", [5 + step, 6 + step], str(10 ** step), x=10 ** step,
                                  extra={"axis": "messages"}) for step in (4, 5, 6)], unit="µs", better="lower")
-    return results(drain, latency, growth, work("spool", [], error="AssertionError: not within 30 s\nlast line"))
+    return results(drain, latency, growth, work("spool", [], errors=[
+        {"contender": None, "case": None, "error": "AssertionError: not within 30 s\nlast line"}]))
 
 
 @pytest.fixture
@@ -66,12 +69,22 @@ def test_tables_have_medians_and_ratios(written):
     assert cells(text, "| mqtt2mongo-1 | 200,000") == ["mqtt2mongo-1", "200,000", "110,000", "90,000–120,000", "0.55", "8", "21",
                                                        "of <all> & each"]
     assert cells(text, "| bare ")[2:5] == ["200,000", "100,000–300,000", "1.00"]
-    assert "scripts/bench --quick" in text and "a \\| b" in text and "6.0.5" in text
+    assert "    bench/main.py --quick\n" in text and "a \\| b" in text and "6.0.5" in text
 
 
 def test_a_work_that_failed_is_shown_as_such(written):
     text = (written / "report.md").read_text()
     assert re.search(r"## Spool\n.*\*\*This work failed:\*\*\n\n    AssertionError: not within 30 s\n    last line", text, re.S)
+
+
+def test_a_contender_that_failed_or_was_left_out_is_shown_as_such(written):
+    text = (written / "report.md").read_text()
+    assert "**insert-1, 200,000 failed:**\n\n    ended with 1\n" in text
+    assert "- Not measured: python, 200,000: too slow\n" in text
+
+
+def test_of_several_curves_the_median_is_drawn():
+    assert report.middle_curve([[[50, 1], [99, 5]], [[50, 3], [99, 6]], [[50, 2], [99, 50]]]) == [(50, 2), (99, 6)]
 
 
 def test_targets_are_met_missed_or_not_measured(written):
