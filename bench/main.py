@@ -24,9 +24,13 @@ from pathlib import Path
 
 from contenders import NODE, install_node
 from harness import BUILD, ROOT, Bench, say
+from works.cost import cost
 from works.drain import drain
+from works.publisher import publisher
+from works.spool import spool
 
-WORKS = {"drain": drain}
+WORKS = {"drain": drain, "spool": spool, "publisher": publisher, "cost": cost}
+NOT_QUICK = ("spool", "publisher")
 
 
 def first_line(*argv):
@@ -70,8 +74,8 @@ def versions(bench):
 
 
 def build_programs():
-    subprocess.run(["ninja", "-C", BUILD, "src/mqtt2mongo", "bench/bare", "bench/load", "bench/insert"], check=True,
-                   stdout=subprocess.DEVNULL, timeout=600)
+    programs = [f"bench/{name}" for name in ("bare", "load", "insert", "publish")]
+    subprocess.run(["ninja", "-C", BUILD, "src/mqtt2mongo", *programs], check=True, stdout=subprocess.DEVNULL, timeout=600)
 
 
 def run_works(bench, names):
@@ -105,11 +109,12 @@ def write(results, directory):
 def options():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few contenders, small counts: minutes instead of half an hour")
-    parser.add_argument("--works", default=",".join(WORKS), help=f"of {', '.join(WORKS)}; default: all")
+    parser.add_argument("--works", help=f"of {', '.join(WORKS)}; default: all, with --quick not {' and '.join(NOT_QUICK)}")
     parser.add_argument("--rounds", type=int, help="turns of each contender; default 5, quick 3")
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "bench" / "results", help="directory for the report")
     found = parser.parse_args()
-    found.works = [name for name in found.works.split(",") if name]
+    found.works = [name for name in found.works.split(",") if name] if found.works else [
+        name for name in WORKS if not found.quick or name not in NOT_QUICK]
     for name in found.works:
         if name not in WORKS:
             parser.error(f"no work {name}: there are {', '.join(WORKS)}")

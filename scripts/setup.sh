@@ -233,7 +233,6 @@ setup_all() {
 	[ "${1:-test}" != bench ] || setup_requirements bench "$ROOT/bench/requirements.txt"
 	setup_servers
 	setup_build release
-	[ "${1:-test}" != bench ] || TARGETS=bench/all setup_build release
 }
 
 if [ "${BASH_SOURCE[0]}" = "$0" ]; then
