@@ -14,7 +14,8 @@ import targets
 from charts import number
 
 GROWING = ("growth",)  # the works of which x is the point
-COLUMNS = ("contender", "case", "median", "min–max", "ratio", "CPU µs/msg", "peak MiB", "notes")
+EXTRAS = {"p50": "p50", "p99.9": "p99.9", "wall_us": "µs/msg", "mb_per_s": "MB/s", "spooled": "spooled"}  # columns of their own
+COLUMNS = ("contender", "case", "median", "min–max", "ratio", *EXTRAS.values(), "CPU µs/msg", "peak MiB", "notes")
 
 
 def write(results, directory):
@@ -55,6 +56,12 @@ def table(header, rows, right=()):
     return "\n".join(lines + ["| " + " | ".join(cell(value) for value in row) + " |" for row in rows]) + "\n"
 
 
+def said(value):
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {said(part)}" for name, part in value.items())
+    return number(value) if isinstance(value, (int, float)) else str(value)
+
+
 def head(results):
     begun, command = results["begun"].replace("T", " ").replace("+00:00", " UTC"), " ".join(results["command"])
     machine, versions = results["machine"].items(), results["versions"].items()
@@ -74,7 +81,7 @@ def target_table(results):
 def section(work, drawn):
     parts = [f"## {work['title']}", ""]
     if work.get("parameters"):
-        parts += [", ".join(f"{name} {cell(value)}" for name, value in work["parameters"].items()), ""]
+        parts += ["; ".join(f"{name.replace('_', ' ')}: {said(value)}" for name, value in work["parameters"].items()), ""]
     parts += failures(work)
     if work["rows"]:
         parts += [work_table(work)]
@@ -122,7 +129,7 @@ def _line(work, row, base):
     unit = row.get("unit")
     suffix = f" {unit}" if unit and unit != work["unit"] else ""
     return (row["contender"], case_of(row), number(statistics.median(values)) + suffix if values else "–",
-            spread(values), ratio(work, row, base), middle(row.get("cpu_us")), middle(row.get("peak_mib")),
+            spread(values), ratio(work, row, base), *(middle(row["extra"].get(key)) for key in EXTRAS), middle(row.get("cpu_us")), middle(row.get("peak_mib")),
             row.get("notes") or "")
 
 
@@ -137,8 +144,9 @@ def present(values):
 
 
 def middle(values):
+    """The median; nothing where there is none, or where it was 0 each time."""
     values = present(values)
-    return number(statistics.median(values)) if values else ""
+    return number(statistics.median(values)) if any(values) else ""
 
 
 def spread(values):
@@ -163,7 +171,7 @@ def draw(work):
     curved = [row for row in work["rows"] if row["extra"].get("curve")]
     if curved:
         return {chart_name(work, case): charts.percentiles(f"{work['title']}: {case}", [
-            (row["contender"], middle_curve(row["extra"]["curve"]), row["contender"]) for row in curved if row["case"] == case])
+            (row["contender"], row["extra"]["curve"], row["contender"]) for row in curved if row["case"] == case])
             for case in unique(row["case"] for row in curved)}
     rows = [row for row in work["rows"] if present(row["values"])]
     if work["name"] in GROWING:
@@ -171,14 +179,6 @@ def draw(work):
     units = unique(unit_of(work, row) for row in rows)
     return {chart_name(work, unit if len(units) > 1 else ""): draw_bars(work, unit, [
         row for row in rows if unit_of(work, row) == unit]) for unit in units}
-
-
-def middle_curve(curves):
-    """Of the rounds' curves [[percentile, ms], …] the median at each percentile."""
-    found = {}
-    for share, ms in (point for curve in curves for point in curve):
-        found.setdefault(share, []).append(ms)
-    return [(share, statistics.median(values)) for share, values in sorted(found.items())]
 
 
 def unit_of(work, row):
@@ -202,14 +202,18 @@ def draw_bars(work, unit, rows):
     return charts.bars(": ".join([work["title"], *cases][:2 if len(cases) == 1 else 1]), groups, unit)
 
 
+def axis_of(row):
+    """Of "1,000 messages" the messages."""
+    return re.sub(r"^[\d,]+ ", "", row["case"]).removesuffix("s") + "s"
+
+
 def draw_lines(work, rows):
-    """A chart for each axis: rows of one extra["axis"] share it."""
+    """A chart for each axis."""
     drawn = {}
-    for axis in unique(row["extra"].get("axis", "") for row in rows):
-        mine = [row for row in rows if row["extra"].get("axis", "") == axis]
+    for axis in unique(axis_of(row) for row in rows):
+        mine = [row for row in rows if axis_of(row) == axis]
         series = [(contender, sorted((row["x"], statistics.median(present(row["values"])), min(present(row["values"])),
                                       max(present(row["values"]))) for row in mine if row["contender"] == contender), contender)
                   for contender in unique(row["contender"] for row in mine)]
-        title = f"{work['title']}: {axis}" if axis else work["title"]
-        drawn[chart_name(work, axis)] = charts.lines(title, series, axis, unit_of(work, mine[0]))
+        drawn[chart_name(work, axis)] = charts.lines(f"{work['title']}: {axis}", series, axis, unit_of(work, mine[0]))
     return drawn
