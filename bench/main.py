@@ -25,8 +25,10 @@ from pathlib import Path
 from contenders import NODE, install_node
 from harness import BUILD, ROOT, Bench, say
 from works.drain import drain
+from works.latency import latency
+from works.live import live
 
-WORKS = {"drain": drain}
+WORKS = {"drain": drain, "live": live, "latency": latency}
 
 
 def first_line(*argv):
@@ -66,7 +68,7 @@ def versions(bench):
              "libmongoc": library("mongoc2") if "not found" not in str(library("mongoc2")) else library("libmongoc-1.0"),
              "libuv": library("libuv"), "python": platform.python_version(), "node": first_line("node", "--version"),
              "mqtt (npm)": package("mqtt"), "mongodb (npm)": package("mongodb")}
-    return {**found, **{name: metadata.version(name) for name in ("paho-mqtt", "pymongo")}}
+    return {**found, **{name: metadata.version(name) for name in ("paho-mqtt", "pymongo", "hdrhistogram")}}
 
 
 def build_programs():
