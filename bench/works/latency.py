@@ -75,7 +75,8 @@ class Watcher(Run):
 
 
 def measure(bench, contender, load):
-    """One contender at one load: (histogram of µs, Run, how far the watcher was behind the collection's count at the end, ms)."""
+    """One contender at one load: (histogram of µs, Run, {"watcher_behind_ms": behind the collection's count at the end,
+    "publisher_late_ms": the most that a message left after it was due})."""
     bench.clear()
     contender.prepare(bench)
     argv = [LOAD, "-p", bench.broker.port, "-n", load.count, "-r", f"{load.rate:.3f}", "-d", int(START * 1000)]
@@ -92,8 +93,9 @@ def measure(bench, contender, load):
     seen = watcher.seen()
     if len(seen) != load.watched:
         raise Failed(f"the watcher saw {len(seen)} of {load.watched} messages of {contender.name}")
-    t0 = json.loads(publisher.stdout.read_text().splitlines()[0])["t0"]
-    return load.histogram(seen, t0), run, max(0, (max(seen.values()) - stored) / 1e6)
+    began, ended = (json.loads(line) for line in publisher.stdout.read_text().splitlines())
+    return load.histogram(seen, began["t0"]), run, {
+        "watcher_behind_ms": max(0, (max(seen.values()) - stored) / 1e6), "publisher_late_ms": ended["late_ms"]}
 
 
 class Loads:
@@ -124,10 +126,10 @@ class Loads:
                         self.take(contender, case, share, load)
 
     def take(self, contender, case, share, load):
-        histogram, run, behind = measure(self.bench, contender, load)
+        histogram, run, checks = measure(self.bench, contender, load)
         found = {f"p{percentile:g}": at_percentile(histogram, percentile) for percentile in (50, 99, 99.9)}
         self.rows.add(contender, case, found["p99"], x=share, cpu_us=run.cpu() / load.count * 1e6, peak_mib=run.peak / 1024, extra={
-            **found, "rate": load.rate, "watched": load.watched, "watcher_behind_ms": behind, **contender.sums(run)})
+            **found, "rate": load.rate, "watched": load.watched, **checks, **contender.sums(run)})
         self.merged.setdefault((contender.name, case), new_histogram()).add(histogram)
         say(f"  {case} of {self.full:,.0f}/s {contender.name:15} p50 {found['p50']:8.2f} ms  p99 {found['p99']:8.2f} ms  "
             f"p99.9 {found['p99.9']:8.2f} ms")
