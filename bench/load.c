@@ -7,9 +7,10 @@
  * schedule never slips, and what is late is sent at once. With -c it sends while less than WINDOW messages are sent
  * and not yet stored; how many are stored is the native 64-bit number that somebody else keeps in FILE.
  *
- * Printed: {"t0": CLOCK_MONOTONIC in ns} at the start (t0 is MILLISECONDS after it), {"sent": COUNT} when all are
- * acknowledged. Without COUNT it goes on until SIGTERM. It does not use libmosquitto because that needs a system call
- * or two for each message: on a small machine the publisher would take the CPU from those it feeds.
+ * Printed: {"t0": CLOCK_MONOTONIC in ns} at the start (t0 is MILLISECONDS after it); when all are acknowledged
+ * {"sent": COUNT, "late_ms": the most that a message left after it was due}. Without COUNT it goes on until SIGTERM. It
+ * does not use libmosquitto because that needs a system call or two for each message: on a small machine the publisher
+ * would take the CPU from those it feeds.
  *
  * Message k goes to bench/line-1/device-DDDDD/readings, DDDDD = k modulo TOPICS. BYTES above 110 are filled with
  * readings; payload() of bench/harness.py says the same in Python.
@@ -44,7 +45,7 @@ struct load {
 	uint64_t count, size, topics, window, delay_ms;
 	double rate;
 	_Atomic uint64_t *stored; /* NULL: no credit is kept */
-	uint64_t t0;              /* ns */
+	uint64_t t0, latest;      /* ns; the most a message was late */
 	uint64_t sent, acknowledged;
 	size_t out_length, in_length;
 	char out[BURST + 2 * LARGEST];
@@ -131,6 +132,13 @@ static void append_publish(struct load *load)
 	load->sent++;
 }
 
+/* Before the oldest message that is due leaves. */
+static void note_lateness(struct load *load)
+{
+	uint64_t late = now() - load->t0 - (uint64_t)((double)load->sent / load->rate * 1e9);
+	load->latest = late > load->latest ? late : load->latest;
+}
+
 static void flush_out(struct load *load)
 {
 	for (size_t done = 0; done < load->out_length;) {
@@ -205,8 +213,8 @@ static uint64_t allowed(const struct load *load)
 	if (load->rate > 0) {
 		uint64_t time = now();
 		uint64_t due = time < load->t0 ? 0 : (uint64_t)((double)(time - load->t0) / 1e9 * load->rate) + 1;
-		uint64_t late = due > load->sent ? due - load->sent : 0;
-		allowed = late < allowed ? late : allowed;
+		uint64_t open = due > load->sent ? due - load->sent : 0;
+		allowed = open < allowed ? open : allowed;
 	}
 	return allowed;
 }
@@ -233,6 +241,8 @@ static void publish(struct load *load)
 			idle(load);
 			continue;
 		}
+		if (load->rate > 0)
+			note_lateness(load);
 		for (; messages > 0 && load->out_length < BURST; messages--)
 			append_publish(load);
 		flush_out(load);
@@ -302,7 +312,7 @@ int main(int argc, char **argv)
 	printf("{\"t0\": %lu}\n", (unsigned long)load.t0);
 	fflush(stdout);
 	publish(&load);
-	printf("{\"sent\": %lu}\n", (unsigned long)load.sent);
+	printf("{\"sent\": %lu, \"late_ms\": %.3f}\n", (unsigned long)load.sent, (double)load.latest / 1e6);
 	close(load.fd);
 	return 0;
 }

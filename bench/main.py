@@ -26,10 +26,12 @@ from contenders import NODE, install_node
 from harness import BUILD, ROOT, Bench, say
 from works.cost import cost
 from works.drain import drain
+from works.latency import latency
+from works.live import live
 from works.publisher import publisher
 from works.spool import spool
 
-WORKS = {"drain": drain, "spool": spool, "publisher": publisher, "cost": cost}
+WORKS = {"drain": drain, "live": live, "latency": latency, "spool": spool, "publisher": publisher, "cost": cost}
 NOT_QUICK = ("spool", "publisher")
 
 
@@ -70,7 +72,7 @@ def versions(bench):
              "libmongoc": library("mongoc2") if "not found" not in str(library("mongoc2")) else library("libmongoc-1.0"),
              "libuv": library("libuv"), "python": platform.python_version(), "node": first_line("node", "--version"),
              "mqtt (npm)": package("mqtt"), "mongodb (npm)": package("mongodb")}
-    return {**found, **{name: metadata.version(name) for name in ("paho-mqtt", "pymongo")}}
+    return {**found, **{name: metadata.version(name) for name in ("paho-mqtt", "pymongo", "hdrhistogram")}}
 
 
 def build_programs():
