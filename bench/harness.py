@@ -63,7 +63,8 @@ class Run(Process):
     """One life of a contender, from its start on. usage: its rusage once it has ended; peak: KiB resident, as last looked at."""
 
     def __init__(self, name, directory, argv):
-        super().__init__(name, directory)
+        # Variables that name the servers are no settings of the service, which would say so.
+        super().__init__(name, directory, {key: value for key, value in os.environ.items() if not key.startswith("MQTT2MONGO_")})
         for path in (self.stdout, self.stderr):
             path.unlink(missing_ok=True)
         self.usage, self.peak = None, 0

@@ -7,7 +7,6 @@ is checked: complete, and equal for all. Exit status 1 if a work, or a contender
 """
 
 import argparse
-import json
 import os
 import platform
 import re
@@ -22,6 +21,7 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
+import report
 from contenders import NODE, install_node
 from harness import BUILD, ROOT, Bench, say
 from works.cost import cost
@@ -97,17 +97,6 @@ def run_works(bench, names):
     return [bench.found[name] for name in names]
 
 
-def write(results, directory):
-    """results.json, and what else bench/report.py makes of it."""
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / "results.json").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-    try:
-        import report
-    except ModuleNotFoundError:
-        return
-    report.write(results, directory)
-
-
 def options():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few contenders, small counts: minutes instead of half an hour")
@@ -139,8 +128,7 @@ def main():
                        "rounds": chosen.rounds, "machine": machine(), "versions": versions(bench), "works": works}
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    write(results, chosen.output)
-    say(f"written: {chosen.output}")
+    say(f"written: {report.write(results, chosen.output)}")
     return 1 if any(work["errors"] for work in works) else 0
 
 

@@ -64,9 +64,10 @@ def said(value):
 
 def head(results):
     begun, command = results["begun"].replace("T", " ").replace("+00:00", " UTC"), " ".join(results["command"])
-    machine, versions = results["machine"].items(), results["versions"].items()
+    machine = [(name.replace("_", " "), value) for name, value in results["machine"].items()]
+    versions = [(name, value) for name, value in results["versions"].items() if value]
     return "\n".join([
-        "# Measured", "", f"{begun}, in {results['seconds'] // 60} minutes, by", "", f"    {command}", "",
+        "# Measured", "", f"{begun}, in {results['seconds']:,} s, by", "", f"    {command}", "",
         "Medians of the rounds; contenders take turns on the same servers. Machines are noisy: what counts is the ratio of two",
         "that were measured in one run. Every value of every round is in [results.json](results.json).", "",
         table(("machine", ""), machine), table(("version", ""), versions)])
