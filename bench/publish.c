@@ -1,10 +1,11 @@
 /*
  * The floor of the publisher's measurements: libmosquitto and nothing else.
  *
- *   publish PORT TOPIC RATE   publish 110-byte JSON messages at QoS 1 until SIGTERM, RATE a second; 0: as fast as it goes
+ *   publish PORT TOPIC RATE
  *
- * Message k is due at the start plus k / RATE; what is late is sent at once. At most 1000 are unacknowledged. Printed at
- * the end: how many were acknowledged. MQTT 5, 127.0.0.1.
+ * 110-byte JSON messages at QoS 1 until SIGTERM, RATE a second; RATE 0: as fast as it goes. Message k is due at the
+ * start plus k / RATE; what is late is sent at once. At most 1000 are unacknowledged. Printed at the end: how many were
+ * acknowledged. MQTT 5, 127.0.0.1.
  */
 #include <mosquitto.h>
 #include <mqtt_protocol.h>
