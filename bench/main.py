@@ -25,10 +25,12 @@ from pathlib import Path
 from contenders import NODE, install_node
 from harness import BUILD, ROOT, Bench, say
 from works.drain import drain
+from works.growth import growth
 from works.latency import latency
 from works.live import live
+from works.payloads import payloads
 
-WORKS = {"drain": drain, "live": live, "latency": latency}
+WORKS = {"drain": drain, "live": live, "latency": latency, "payloads": payloads, "growth": growth}
 
 
 def first_line(*argv):
