@@ -26,12 +26,15 @@ from contenders import NODE, install_node
 from harness import BUILD, ROOT, Bench, say
 from works.cost import cost
 from works.drain import drain
+from works.growth import growth
 from works.latency import latency
 from works.live import live
+from works.payloads import payloads
 from works.publisher import publisher
 from works.spool import spool
 
-WORKS = {"drain": drain, "live": live, "latency": latency, "spool": spool, "publisher": publisher, "cost": cost}
+WORKS = {"drain": drain, "live": live, "latency": latency, "payloads": payloads, "growth": growth, "spool": spool,
+         "publisher": publisher, "cost": cost}
 NOT_QUICK = ("spool", "publisher")
 
 

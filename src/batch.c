@@ -83,7 +83,7 @@ void batch_add(struct batch *batch, const struct mqtt_message *received, const s
 	message->qos = (uint8_t)received->qos;
 	message->retain = received->retain;
 	message->dup = received->dup;
-	bson_oid_init(&message->id, NULL);
+	bson_oid_init(&message->id, batch->ids);
 }
 
 void batch_restore(struct batch *batch, const struct batch_record *record)

@@ -58,6 +58,8 @@ struct batch {
 	const char
 	    *route;       /* the topic filter all of them came by; borrowed, or in `route_kept`. NULL: consumer.topic */
 	char *route_kept; /* owned, or NULL; see batch_keep_route() */
+	bson_context_t *ids; /* makes the ObjectIds, borrowed; NULL: libbson's own, which asks the kernel for the
+	                        process id each time */
 };
 
 /* A message that was received earlier, from the spool or a dead letter. Everything is copied by batch_restore(). */

@@ -5,24 +5,28 @@
 #include "memory.h"
 #include "mqtt.h"
 
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-#define TOPIC "$SYS/broker/publish/messages/dropped"
+#define DROPPED "$SYS/broker/publish/messages/dropped"
 
 enum {
 	DIGITS_MOST = 19,
-	REFUSALS_MOST = 3, /* some brokers refuse a subscription to $SYS by hanging up */
+	SHARES_MENDED = 12, /* mosquitto 2.0.12 */
+	REFUSALS_MOST = 3,  /* some brokers refuse a subscription to $SYS by hanging up */
 };
 
 struct broker {
 	void *owner;
+	bool shares;
 	struct mqtt *mqtt; /* NULL: closed for good */
 	uint64_t dropped;
 	bool known;
 	size_t held;
-	bool asking;  /* connected, no SUBACK yet */
+	int asking;   /* connected, so many SUBACKs have not come yet */
 	int refusals; /* connections in a row that ended so */
+	struct log_repeat loses_shares;
 	void (*stopped)(void *owner);
 };
 
@@ -46,8 +50,10 @@ static void leave(struct broker *broker, const char *why)
 static void on_up(void *owner, const struct mqtt_granted *granted)
 {
 	struct broker *broker = owner;
-	broker->asking = true;
-	mqtt_subscribe(broker->mqtt, TOPIC, 0);
+	broker->asking = 1 + broker->shares;
+	mqtt_subscribe(broker->mqtt, DROPPED, 0);
+	if (broker->shares)
+		mqtt_subscribe(broker->mqtt, BROKER_VERSION, 0);
 }
 
 static void on_down(void *owner)
@@ -55,10 +61,10 @@ static void on_down(void *owner)
 	struct broker *broker = owner;
 	broker->known = false;
 	broker->held = 0;
-	broker->refusals += broker->asking;
-	broker->asking = false;
+	broker->refusals += broker->asking > 0;
+	broker->asking = 0;
 	if (broker->refusals >= REFUSALS_MOST)
-		leave(broker, "the broker hangs up when " TOPIC " is subscribed");
+		leave(broker, "the broker hangs up when " DROPPED " is subscribed");
 	else
 		mqtt_connect(broker->mqtt);
 }
@@ -66,20 +72,38 @@ static void on_down(void *owner)
 static void on_subscribed(void *owner, int reason)
 {
 	struct broker *broker = owner;
-	broker->asking = false;
 	broker->refusals = 0;
-	if (reason >= 0x80)
-		leave(broker, "the broker does not let us read " TOPIC);
+	if (broker->asking > 0 && --broker->asking == 0 && reason >= 0x80)
+		leave(broker, "the broker does not let us read $SYS");
+}
+
+bool broker_loses_shares(const void *version, size_t length)
+{
+	char text[64];
+	int major, minor, patch;
+	snprintf(text, sizeof text, "%.*s", (int)(length < sizeof text ? length : sizeof text - 1),
+	         (const char *)version);
+	if (sscanf(text, "mosquitto version %4d.%4d.%4d", &major, &minor, &patch) != 3)
+		return false;
+	return major < 2 || (major == 2 && minor == 0 && patch < SHARES_MENDED);
+}
+
+static void note_version(struct broker *broker, const struct mqtt_message *message)
+{
+	if (broker_loses_shares(message->payload, message->payload_length))
+		log_repeat(&broker->loses_shares, LOG_LEVEL_WARN, "broker",
+		           "this broker is %.*s: before 2.0.12 it loses messages of shared subscriptions when a "
+		           "connection is taken up again; use a newer one, or consumer.connections 1 and no "
+		           "consumer.share",
+		           (int)message->payload_length, (const char *)message->payload);
 }
 
 /* A number in decimal digits; whatever else is there is not what we asked for. */
-static void on_message(void *owner, const struct mqtt_message *message)
+static void note_dropped(struct broker *broker, const struct mqtt_message *message)
 {
-	struct broker *broker = owner;
 	const char *digits = message->payload;
 	uint64_t dropped = 0;
-	broker->held++;
-	if (strcmp(message->topic, TOPIC) != 0 || message->payload_length == 0 || message->payload_length > DIGITS_MOST)
+	if (message->payload_length == 0 || message->payload_length > DIGITS_MOST)
 		return;
 	for (size_t i = 0; i < message->payload_length; i++) {
 		if (digits[i] < '0' || digits[i] > '9')
@@ -88,6 +112,16 @@ static void on_message(void *owner, const struct mqtt_message *message)
 	}
 	broker->dropped = dropped;
 	broker->known = true;
+}
+
+static void on_message(void *owner, const struct mqtt_message *message)
+{
+	struct broker *broker = owner;
+	broker->held++;
+	if (strcmp(message->topic, DROPPED) == 0)
+		note_dropped(broker, message);
+	else if (strcmp(message->topic, BROKER_VERSION) == 0)
+		note_version(broker, message);
 }
 
 static void on_drained(void *owner)
@@ -106,9 +140,11 @@ static const struct mqtt_handler mqtt_handler = {
     .subscribed = on_subscribed,
 };
 
-struct broker *broker_start(uv_loop_t *loop, const struct config_mqtt *config, const char *client_id, void *owner)
+struct broker *broker_start(uv_loop_t *loop, const struct config_mqtt *config, const char *client_id, bool shares,
+                            void *owner)
 {
 	struct broker *broker = memory_zeroed(1, sizeof *broker);
+	broker->shares = shares;
 	broker->owner = owner;
 	char *id = memory_format("%s-sys", client_id);
 	struct mqtt_options options = {

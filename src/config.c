@@ -122,6 +122,12 @@ const struct config_entry config_entries[] = {
     {.key = "consumer.id", .type = CONFIG_TYPE_LIST, .initial = "objectid", AT(consumer.id_parts),
      .help = "what makes a document's _id: objectid, a new one for each delivery, or a list of parts of the message, of "
              "which each is topic, a JSON pointer into the payload as in /id, or user-property:NAME"},
+    {.key = "consumer.connections", .type = CONFIG_TYPE_INTEGER, .initial = "1", .least = "1", .most = "64",
+     AT(consumer.connections),
+     .help = "connections to the broker that share the messages of consumer.topic, each with a session of its own"},
+    {.key = "consumer.share", .type = CONFIG_TYPE_TEXT, AT(consumer.share),
+     .initial_note = "the client id with several connections, else none",
+     .help = "name of a share group: all connections of all services in it get each message once between them"},
     {.key = "consumer.workers", .type = CONFIG_TYPE_INTEGER, .initial = "2", .least = "1", .most = "64",
      AT(consumer.workers),
      .help = "threads that convert and store batches"},

@@ -83,13 +83,21 @@ struct config_consumer {
 	char *collection, *dead_letter;
 	struct config_list id_parts; /* as they were written */
 	struct id_rule id;           /* made of them; zeroed: ObjectIds */
-	int workers;                 /* 1 to 64 */
-	int64_t max_payload;         /* bytes, up to 15 MiB */
-	int64_t batch_count;         /* messages */
-	int64_t batch_bytes;         /* topic + payload bytes */
-	char *qos0_topic;            /* filter, or NULL */
-	int64_t qos0_buffer;         /* bytes */
+	int connections;             /* 1 to 64 */
+	char *share;         /* name of the share group; NULL: the client id's with several connections, else none */
+	int workers;         /* 1 to 64 */
+	int64_t max_payload; /* bytes, up to 15 MiB */
+	int64_t batch_count; /* messages */
+	int64_t batch_bytes; /* topic + payload bytes */
+	char *qos0_topic;    /* filter, or NULL */
+	int64_t qos0_buffer; /* bytes */
 };
+
+/* Does it use shared subscriptions? */
+static inline bool config_shares(const struct config_consumer *consumer)
+{
+	return consumer->connections > 1 || consumer->share != NULL;
+}
 
 struct config_publisher {
 	char *topic;   /* may hold {device} */

@@ -19,9 +19,10 @@
 
 enum {
 	PORT_TLS = 8883,
-	TEXT_LIMIT = 65535,    /* MQTT 5 §1.5.4 */
-	DATABASE_LIMIT = 63,   /* MongoDB manual, "Naming Restrictions" */
-	NAMESPACE_LIMIT = 255, /* database, dot and collection */
+	TEXT_LIMIT = 65535,            /* MQTT 5 §1.5.4 */
+	SHARED_LIMIT = TEXT_LIMIT - 8, /* less "$share/" and "/" */
+	DATABASE_LIMIT = 63,           /* MongoDB manual, "Naming Restrictions" */
+	NAMESPACE_LIMIT = 255,         /* database, dot and collection */
 	SECRET_LIMIT = 64 << 10,
 	SPOOL_LEAST = 1 << 20,
 };
@@ -152,7 +153,7 @@ static const char *filter_fault(const char *filter)
 	if (!is_mqtt_text(filter))
 		return "is not UTF-8 without control characters, as MQTT topics must be";
 	if (strncmp(filter, "$share/", 7) == 0 || strcmp(filter, "$share") == 0)
-		return "shared subscriptions are not supported yet, give the filter without $share/GROUP/";
+		return "give the filter without $share/GROUP/, and the name of the group in consumer.share";
 	for (const char *level = filter; level != NULL; level = strchr(level, '/') ? strchr(level, '/') + 1 : NULL) {
 		size_t length = strcspn(level, "/");
 		if (memchr(level, '#', length) != NULL && (length != 1 || level[1] != '\0'))
@@ -240,11 +241,47 @@ static void settle_id(struct config_loader *loader)
 	free(fault);
 }
 
+/* What a share group must not be called (MQTT 5 §4.8.2), or NULL. */
+static const char *share_fault(const char *share)
+{
+	if (share[0] == 0)
+		return "is empty, a share group needs a name";
+	if (strpbrk(share, "/+#") != NULL)
+		return "the name of a share group holds no / + #, as in \"plant-7\"";
+	if (!is_mqtt_text(share))
+		return "is not UTF-8 without control characters, as MQTT wants it";
+	return NULL;
+}
+
+static void check_share(struct config_loader *loader)
+{
+	const struct config_consumer *consumer = &loader->config->consumer;
+	const char *client_id = loader->config->mqtt.client_id;
+	if (consumer->share != NULL) {
+		const char *fault = share_fault(consumer->share);
+		complain(loader, "consumer.share",
+		         fault == NULL && strlen(consumer->share) + strlen(consumer->topic) > SHARED_LIMIT
+		             ? "is too long, with consumer.topic it makes more than the 65535 bytes MQTT allows"
+		             : fault);
+		if (consumer->qos == 0)
+			complain(loader, "consumer.share",
+			         "has no effect with consumer.qos 0, whose one connection gets every message");
+	} else if (consumer->connections > 1 && client_id != NULL && share_fault(client_id) != NULL) {
+		complain(
+		    loader, "consumer.connections",
+		    "several connections form a share group, which cannot have the name of mqtt.client_id because of "
+		    "its / + or #; give one in consumer.share");
+	}
+	if (consumer->qos == 0 && consumer->connections > 1)
+		complain(loader, "consumer.connections", "with consumer.qos 0 there is one connection only");
+}
+
 static void check_consumer(struct config_loader *loader)
 {
 	struct config_consumer *consumer = &loader->config->consumer;
 	const char *database = loader->config->mongodb.database;
 	complain(loader, "consumer.topic", filter_fault(consumer->topic));
+	check_share(loader);
 	complain(loader, "mongodb.database", database_fault(database));
 	complain(loader, "consumer.collection", collection_fault(consumer->collection, database));
 	complain(loader, "consumer.dead_letter", collection_fault(consumer->dead_letter, database));

@@ -14,6 +14,14 @@
 #include <stdlib.h>
 #include <string.h>
 
+/* One of consumer.connections. */
+struct connection {
+	char *client_id, *name;
+	struct lane *lane; /* NULL once it has stopped */
+	bool subscribed;   /* at least once */
+	bool tidy;         /* its stale filters have been unsubscribed and can be forgotten */
+};
+
 struct consumer {
 	uv_loop_t *loop;
 	const struct config *config;
@@ -21,10 +29,11 @@ struct consumer {
 	struct metrics_consumer *counters;
 	struct consumer_handler handler;
 	void *owner;
-	char *client_id;
+	char *filter; /* that all connections subscribe to: consumer.topic, shared where there is a group */
 
 	struct delivery *delivery;
-	struct lane *lane;     /* NULL with consumer.qos 0, and once it has stopped */
+	struct connection *connections;
+	int connection_count;  /* 0 with consumer.qos 0 */
 	struct qos0 *qos0;     /* NULL unless there is a filter for it, and once it has stopped */
 	struct lane *leftover; /* the session left behind that is being emptied, or NULL */
 	char *emptied;         /* client id of one that has been, to be forgotten */
@@ -35,8 +44,7 @@ struct consumer {
 	bool save_result; /* the job's */
 	bool recorded;    /* the state file names the filter: only then may it be subscribed */
 	bool opened;      /* the delivery has started */
-	bool subscribed;  /* the lane, at least once */
-	bool tidy_lane;   /* the lane's stale filters have been unsubscribed and can be forgotten */
+	bool subscribed;  /* every connection, at least once */
 	bool failed;
 	bool stopping, closing;
 	void (*stopped)(void *owner);
@@ -86,26 +94,36 @@ static const char **stale_filters(const struct consumer *consumer, const char *c
 	return list;
 }
 
+static void forget_stale_filters(struct consumer *consumer, struct connection *connection)
+{
+	const char **stale = stale_filters(consumer, connection->client_id, consumer->filter);
+	for (const char **filter = stale; *filter != NULL; filter++) {
+		char *name = memory_string(*filter); /* it lies in the state that it is removed from */
+		state_remove_filter(consumer->state, connection->client_id, name);
+		free(name);
+	}
+	free(stale);
+	connection->tidy = false;
+}
+
 /* Forget what the broker has forgotten. */
 static void tidy_state(struct consumer *consumer)
 {
-	if (consumer->saving || (!consumer->tidy_lane && consumer->emptied == NULL))
+	bool changed = consumer->emptied != NULL;
+	if (consumer->saving)
 		return;
-	if (consumer->tidy_lane) {
-		const char **stale = stale_filters(consumer, consumer->client_id, consumer->config->consumer.topic);
-		for (const char **filter = stale; *filter != NULL; filter++) {
-			char *name = memory_string(*filter); /* it lies in the state that it is removed from */
-			state_remove_filter(consumer->state, consumer->client_id, name);
-			free(name);
-		}
-		free(stale);
+	for (int i = 0; i < consumer->connection_count; i++) {
+		if (!consumer->connections[i].tidy)
+			continue;
+		forget_stale_filters(consumer, &consumer->connections[i]);
+		changed = true;
 	}
 	if (consumer->emptied != NULL)
 		state_remove_session(consumer->state, consumer->emptied);
 	free(consumer->emptied);
 	consumer->emptied = NULL;
-	consumer->tidy_lane = false;
-	save_state(consumer);
+	if (changed)
+		save_state(consumer);
 }
 
 /* ---- sessions left behind ---- */
@@ -138,20 +156,24 @@ static void ignore_lane(void *owner, struct lane *lane)
 {
 }
 
-static void ignore(void *owner)
+static bool is_configured(const struct consumer *consumer, const char *client_id)
 {
+	for (int i = 0; i < consumer->connection_count; i++)
+		if (strcmp(client_id, consumer->connections[i].client_id) == 0)
+			return true;
+	return false;
 }
 
 /* Take up the next session of the state file that is not ours. */
 static void start_leftover(struct consumer *consumer)
 {
 	static const struct lane_handler handler = {
-	    .subscribed = ignore, .unsubscribed = ignore_lane, .emptied = on_emptied};
+	    .subscribed = ignore_lane, .unsubscribed = ignore_lane, .emptied = on_emptied};
 	const char *client_id = NULL;
 	if (!consumer->subscribed || consumer->leftover != NULL || consumer->saving || consumer->emptied != NULL)
 		return;
 	for (size_t i = 0; (client_id = state_session(consumer->state, i)) != NULL; i++)
-		if (consumer->lane == NULL || strcmp(client_id, consumer->client_id) != 0)
+		if (!is_configured(consumer, client_id))
 			break;
 	if (client_id == NULL)
 		return;
@@ -182,29 +204,60 @@ static void on_started(void *owner, const char *error)
 	go_on(consumer);
 }
 
+static void connect_all(struct consumer *consumer)
+{
+	for (int i = 0; i < consumer->connection_count; i++)
+		if (consumer->connections[i].lane != NULL)
+			lane_go(consumer->connections[i].lane);
+}
+
 static void on_accepts(void *owner)
 {
 	struct consumer *consumer = owner;
-	if (consumer->lane != NULL && consumer->recorded && consumer->opened && !consumer->stopping)
-		lane_go(consumer->lane);
+	if (consumer->recorded && consumer->opened && !consumer->stopping)
+		connect_all(consumer);
 	if (consumer->leftover != NULL && !consumer->retiring)
 		lane_go(consumer->leftover);
 }
 
-static void on_subscribed(void *owner)
+static void all_subscribed(struct consumer *consumer)
 {
-	struct consumer *consumer = owner;
 	consumer->subscribed = true;
 	if (consumer->handler.subscribed != NULL)
 		consumer->handler.subscribed(consumer->owner);
 	go_on(consumer);
 }
 
+static struct connection *connection_of(struct consumer *consumer, const struct lane *lane)
+{
+	struct connection *connection = consumer->connections;
+	while (connection->lane != lane)
+		connection++;
+	return connection;
+}
+
+static void on_subscribed(void *owner, struct lane *lane)
+{
+	struct consumer *consumer = owner;
+	connection_of(consumer, lane)->subscribed = true;
+	for (int i = 0; i < consumer->connection_count; i++)
+		if (!consumer->connections[i].subscribed)
+			return;
+	all_subscribed(consumer);
+}
+
 static void on_unsubscribed(void *owner, struct lane *lane)
 {
 	struct consumer *consumer = owner;
-	consumer->tidy_lane = true;
+	connection_of(consumer, lane)->tidy = true;
 	go_on(consumer);
+}
+
+static void on_qos0_subscribed(void *owner)
+{
+	struct consumer *consumer = owner;
+	if (consumer->connection_count == 0)
+		all_subscribed(consumer);
 }
 
 /* ---- what comes next ---- */
@@ -218,8 +271,7 @@ static void go_on(struct consumer *consumer)
 	} else if (consumer->failed) {
 		consumer->handler.failed(consumer->owner);
 	} else if (consumer->recorded && consumer->opened) {
-		if (consumer->lane != NULL)
-			lane_go(consumer->lane);
+		connect_all(consumer);
 		if (consumer->qos0 != NULL)
 			qos0_go(consumer->qos0);
 		tidy_state(consumer);
@@ -229,21 +281,47 @@ static void go_on(struct consumer *consumer)
 
 /* ---- public ---- */
 
-static void start_lane(struct consumer *consumer)
+/* Several connections are a share group (MQTT 5 §4.8.2), or each of them would get every message. */
+static char *make_filter(const struct config_consumer *config, const char *client_id)
+{
+	const char *group = config->share != NULL ? config->share : client_id;
+	if (!config_shares(config))
+		return memory_string(config->topic);
+	return memory_format("$share/%s/%s", group, config->topic);
+}
+
+static void start_connection(struct consumer *consumer, int number, const char *client_id)
 {
 	static const struct lane_handler handler = {
 	    .subscribed = on_subscribed, .unsubscribed = on_unsubscribed, .emptied = ignore_lane};
-	const char *topic = consumer->config->consumer.topic;
-	const char **stale = stale_filters(consumer, consumer->client_id, topic);
+	struct connection *connection = &consumer->connections[number - 1];
+	connection->client_id = memory_format("%s-%d", client_id, number);
+	connection->name =
+	    consumer->connection_count > 1 ? memory_format("consumer-%d", number) : memory_string("consumer");
+	const char **stale = stale_filters(consumer, connection->client_id, consumer->filter);
 	struct lane_options options = {.config = consumer->config,
 	                               .delivery = consumer->delivery,
 	                               .counters = consumer->counters,
-	                               .client_id = consumer->client_id,
-	                               .filter = topic,
+	                               .client_id = connection->client_id,
+	                               .filter = consumer->filter,
 	                               .stale = stale,
-	                               .name = "consumer"};
-	consumer->lane = lane_create(consumer->loop, &options, &handler, consumer);
+	                               .name = connection->name};
+	connection->lane = lane_create(consumer->loop, &options, &handler, consumer);
 	free(stale);
+	/* Before SUBSCRIBE: a filter nobody remembers could never be removed. */
+	state_add_filter(consumer->state, connection->client_id, consumer->filter);
+}
+
+static void start_connections(struct consumer *consumer)
+{
+	const struct config *config = consumer->config;
+	char *client_id = memory_string(state_client_id(consumer->state, config->mqtt.client_id));
+	consumer->filter = make_filter(&config->consumer, client_id);
+	consumer->connection_count = config->consumer.connections;
+	consumer->connections = memory_zeroed((size_t)consumer->connection_count, sizeof *consumer->connections);
+	for (int number = 1; number <= consumer->connection_count; number++)
+		start_connection(consumer, number, client_id);
+	free(client_id);
 }
 
 /* With consumer.qos 0 it serves consumer.topic, and the service has subscribed when it has. */
@@ -257,7 +335,7 @@ static void start_qos0(struct consumer *consumer)
 	    .counters = consumer->counters,
 	    .client_id = client_id,
 	    .filter = only ? consumer->config->consumer.topic : consumer->config->consumer.qos0_topic,
-	    .subscribed = only ? on_subscribed : ignore,
+	    .subscribed = on_qos0_subscribed,
 	};
 	consumer->qos0 = qos0_create(consumer->loop, &options, consumer);
 	free(client_id);
@@ -274,21 +352,16 @@ struct consumer *consumer_start(uv_loop_t *loop, const struct config *config, st
 	consumer->counters = counters;
 	consumer->handler = *handler;
 	consumer->owner = owner;
-	consumer->client_id = memory_format("%s-1", state_client_id(state, config->mqtt.client_id));
 	consumer->delivery = delivery_start(loop, config, counters, &delivery_handler, consumer);
 	if (config->consumer.qos > 0)
-		start_lane(consumer);
+		start_connections(consumer);
 	if (config->consumer.qos == 0 || config->consumer.qos0_topic != NULL)
 		start_qos0(consumer);
 	char promise[128];
 	delivery_promise(consumer->delivery, promise, sizeof promise);
 	log_info("consumer", "a message is acknowledged once MongoDB has it with %s%s", promise,
 	         config->spool.max_size > 0 ? ", or the spool" : "");
-	/* Before SUBSCRIBE: a filter nobody remembers could never be removed. Also with MongoDB away, for the session
-	 * has to exist for the broker to keep anything. */
-	if (config->consumer.qos > 0)
-		state_add_filter(state, consumer->client_id, config->consumer.topic);
-	save_state(consumer);
+	save_state(consumer); /* also with MongoDB away: the session has to exist for the broker to keep anything */
 	return consumer;
 }
 
@@ -299,7 +372,12 @@ static void delivery_stopped(void *owner)
 	struct consumer *consumer = owner;
 	void (*stopped)(void *) = consumer->stopped;
 	void *context = consumer->owner;
-	free(consumer->client_id);
+	for (int i = 0; i < consumer->connection_count; i++) {
+		free(consumer->connections[i].client_id);
+		free(consumer->connections[i].name);
+	}
+	free(consumer->connections);
+	free(consumer->filter);
 	free(consumer->emptied);
 	free(consumer);
 	stopped(context);
@@ -317,7 +395,7 @@ static void close_when_idle(struct consumer *consumer)
 static void lane_stopped(void *owner, struct lane *lane)
 {
 	struct consumer *consumer = owner;
-	consumer->lane = NULL;
+	connection_of(consumer, lane)->lane = NULL;
 	close_when_idle(consumer);
 }
 
@@ -332,8 +410,8 @@ void consumer_stop(struct consumer *consumer, void (*stopped)(void *owner))
 {
 	consumer->stopping = true;
 	consumer->stopped = stopped;
-	if (consumer->lane != NULL)
-		lane_stop(consumer->lane, lane_stopped);
+	for (int i = 0; i < consumer->connection_count; i++)
+		lane_stop(consumer->connections[i].lane, lane_stopped);
 	if (consumer->qos0 != NULL)
 		qos0_stop(consumer->qos0, qos0_stopped);
 	retire_leftover(consumer);
@@ -342,8 +420,9 @@ void consumer_stop(struct consumer *consumer, void (*stopped)(void *owner))
 
 void consumer_hurry(struct consumer *consumer)
 {
-	if (consumer->lane != NULL)
-		lane_hurry(consumer->lane);
+	for (int i = 0; i < consumer->connection_count; i++)
+		if (consumer->connections[i].lane != NULL)
+			lane_hurry(consumer->connections[i].lane);
 	if (consumer->leftover != NULL)
 		lane_hurry(consumer->leftover);
 	if (consumer->qos0 != NULL)
@@ -352,7 +431,9 @@ void consumer_hurry(struct consumer *consumer)
 
 bool consumer_is_done(const struct consumer *consumer)
 {
-	bool connected = consumer->lane != NULL || consumer->leftover != NULL || consumer->qos0 != NULL;
+	bool connected = consumer->leftover != NULL || consumer->qos0 != NULL;
+	for (int i = 0; i < consumer->connection_count; i++)
+		connected = connected || consumer->connections[i].lane != NULL;
 	return consumer->stopping && !connected && !consumer->saving && consumer->opened;
 }
 
@@ -363,6 +444,8 @@ const char *consumer_status(const struct consumer *consumer)
 	const char *trouble = delivery_trouble(consumer->delivery);
 	if (trouble != NULL)
 		return trouble;
-	bool up = consumer->lane != NULL ? lane_is_up(consumer->lane) : qos0_is_up(consumer->qos0);
+	bool up = consumer->connection_count > 0 || qos0_is_up(consumer->qos0);
+	for (int i = 0; i < consumer->connection_count; i++)
+		up = up && lane_is_up(consumer->connections[i].lane);
 	return up ? "consuming" : "connecting";
 }

@@ -56,6 +56,7 @@ struct delivery {
 	struct outbox *outbox;
 	struct worker *workers;
 	int worker_count;
+	bson_context_t *ids; /* of the loop thread */
 	struct delivery_parcel **parcels;
 	size_t parcel_count;
 	size_t under_way;                                 /* submitted, not settled */
@@ -532,6 +533,7 @@ struct delivery *delivery_start(uv_loop_t *loop, const struct config *config, st
 	delivery->counters = counters;
 	delivery->handler = *handler;
 	delivery->owner = owner;
+	delivery->ids = bson_context_new(BSON_CONTEXT_NONE);
 	delivery->store = store_create(config);
 	delivery->worker_count = config->consumer.workers;
 	delivery->workers = memory_zeroed((size_t)delivery->worker_count, sizeof *delivery->workers);
@@ -556,6 +558,7 @@ struct delivery_parcel *delivery_take(struct delivery *delivery, struct delivery
 	if (parcel == NULL) {
 		parcel = memory_zeroed(1, sizeof *parcel);
 		parcel->delivery = delivery;
+		parcel->batch.ids = delivery->ids;
 		delivery->parcels =
 		    memory_resize(delivery->parcels, (delivery->parcel_count + 1) * sizeof(struct delivery_parcel *));
 		delivery->parcels[delivery->parcel_count++] = parcel;
@@ -646,6 +649,7 @@ static void handle_closed(uv_handle_t *handle)
 		free(delivery->parcels[i]);
 	}
 	free(delivery->parcels);
+	bson_context_destroy(delivery->ids);
 	free(delivery->workers);
 	free(delivery);
 	stopped(owner);

@@ -3,6 +3,7 @@
 #include "inspect.h"
 
 #include "batch.h"
+#include "broker.h"
 #include "clock.h"
 #include "document.h"
 #include "log.h"
@@ -23,6 +24,9 @@ struct inspection {
 	bool closing;
 	bool dry_run;
 	bool interrupted;
+	bool loses_shares; /* the broker */
+	int asking;        /* SUBACKs still to come */
+	size_t held;
 	int exit_code;
 	uv_signal_t interrupt, terminate;
 	struct batch batch;
@@ -66,13 +70,24 @@ static void on_up(void *owner, const struct mqtt_granted *granted)
 		printf("broker    ok: %s, MQTT %s, keepalive %d s, maximum QoS %d, takes %d messages unacknowledged\n",
 		       mqtt_address(inspection->mqtt), config->mqtt.protocol == 5 ? "5" : "3.1.1", granted->keepalive_s,
 		       granted->maximum_qos, granted->receive_maximum);
-	if (inspection->dry_run)
-		mqtt_subscribe(inspection->mqtt, config->consumer.topic, 0);
-	else if (config->role & CONFIG_ROLE_CONSUMER)
-		mqtt_subscribe(inspection->mqtt, config->consumer.topic,
-		               config->consumer.qos > 1 ? 1 : config->consumer.qos);
-	else
+	if (!inspection->dry_run && !(config->role & CONFIG_ROLE_CONSUMER)) {
 		end(inspection, 0);
+		return;
+	}
+	inspection->asking = 1;
+	if (!inspection->dry_run && config_shares(&config->consumer)) {
+		if (!granted->shares) {
+			printf("broker    failed: it takes no shared subscriptions; set consumer.connections 1 and no "
+			       "consumer.share\n");
+			end(inspection, 1);
+			return;
+		}
+		mqtt_subscribe(inspection->mqtt, BROKER_VERSION, 0); /* answered before the next one */
+		inspection->asking++;
+	}
+	/* Without $share/: in the group the check would take messages from a service that runs. */
+	int qos = inspection->dry_run ? 0 : config->consumer.qos;
+	mqtt_subscribe(inspection->mqtt, config->consumer.topic, qos > 1 ? 1 : qos);
 }
 
 static void on_down(void *owner)
@@ -84,6 +99,8 @@ static void on_subscribed(void *owner, int reason)
 {
 	struct inspection *inspection = owner;
 	const char *filter = inspection->config->consumer.topic;
+	if (--inspection->asking > 0)
+		return; /* $SYS, which not every broker lets us read */
 	if (reason >= 0x80) {
 		printf("subscribe failed: the broker refuses %s (reason 0x%02x); check its access rules\n", filter,
 		       (unsigned)reason);
@@ -96,6 +113,10 @@ static void on_subscribed(void *owner, int reason)
 		        filter);
 	} else {
 		printf("subscribe ok: %s at QoS %d\n", filter, reason);
+		if (inspection->loses_shares)
+			printf(
+			    "broker    warning: mosquitto before 2.0.12 loses messages of shared subscriptions when a "
+			    "connection is taken up again; use a newer one\n");
 		end(inspection, 0);
 	}
 }
@@ -145,7 +166,30 @@ static void on_drained(void *owner)
 		end(inspection, 0);
 }
 
-static const struct mqtt_handler check_handler = {.up = on_up, .down = on_down, .subscribed = on_subscribed};
+/* What is published meanwhile is the service's; only the broker's version is for us. */
+static void look_at_message(void *owner, const struct mqtt_message *message)
+{
+	struct inspection *inspection = owner;
+	inspection->held++;
+	if (strcmp(message->topic, BROKER_VERSION) == 0)
+		inspection->loses_shares = broker_loses_shares(message->payload, message->payload_length);
+}
+
+static void forget_messages(void *owner)
+{
+	struct inspection *inspection = owner;
+	size_t held = inspection->held;
+	inspection->held = 0;
+	mqtt_durable(inspection->mqtt, mqtt_generation(inspection->mqtt), held);
+}
+
+static const struct mqtt_handler check_handler = {
+    .up = on_up,
+    .down = on_down,
+    .subscribed = on_subscribed,
+    .message = look_at_message,
+    .drained = forget_messages,
+};
 
 static const struct mqtt_handler dry_run_handler = {
     .up = on_up,
@@ -219,6 +263,10 @@ static int inspect_database(const struct config *config)
 	printf("would     store %s into %s.%s, what is not valid JSON into %s.%s, and acknowledge after %s\n",
 	       config->consumer.topic, config->mongodb.database, config->consumer.collection, config->mongodb.database,
 	       config->consumer.dead_letter, concern);
+	if (config_shares(&config->consumer))
+		printf("would     be %d connection%s of the share group %s\n", config->consumer.connections,
+		       config->consumer.connections > 1 ? "s" : "",
+		       config->consumer.share != NULL ? config->consumer.share : "named as the client id");
 	describe_spool(&config->spool);
 	free(uri);
 	store_destroy(store);

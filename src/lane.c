@@ -9,7 +9,12 @@
 #include <stdlib.h>
 #include <string.h>
 
+#define NO_SHARES                                                                                                      \
+	"the broker takes no shared subscriptions: set consumer.connections 1 and no consumer.share, or use another "  \
+	"broker"
+
 enum {
+	SHARES_REFUSED = 0x9e, /* MQTT 5 §3.9.3 */
 	TIMERS = 3,
 	HOLD_MARGIN_MS = 2000,
 	KEEPALIVE_DEFAULT_MS = 60000,
@@ -25,7 +30,7 @@ struct lane {
 	struct lane_handler handler;
 	void *owner;
 	char *client_id;
-	const char *filter;
+	char *filter; /* NULL: a session left behind */
 	char **stale; /* filters to unsubscribe; ends with NULL */
 
 	struct mqtt *mqtt;
@@ -153,6 +158,17 @@ static void end_emptied(struct lane *lane, const char *why)
 	lane->handler.emptied(lane->owner, lane);
 }
 
+static bool is_shared(const struct lane *lane)
+{
+	return lane->filter != NULL && strncmp(lane->filter, "$share/", strlen("$share/")) == 0;
+}
+
+static void refuse(struct lane *lane, const char *why)
+{
+	log_repeat(&lane->refusal, LOG_LEVEL_ERROR, "consumer", "%s", why);
+	mqtt_give_up(lane->mqtt, "subscription refused");
+}
+
 static void on_up(void *owner, const struct mqtt_granted *granted)
 {
 	struct lane *lane = owner;
@@ -164,6 +180,10 @@ static void on_up(void *owner, const struct mqtt_granted *granted)
 	}
 	if (granted->session_expiry_s == 0)
 		log_warn("consumer", "the broker keeps no session for us: what is published while we are away is lost");
+	if (is_shared(lane) && !granted->shares) {
+		refuse(lane, NO_SHARES);
+		return;
+	}
 	/* Always, also into a session that is there: the broker may have lost its subscriptions. */
 	int qos = lane->config->consumer.qos;
 	if (lane->filter != NULL)
@@ -210,7 +230,7 @@ static void on_message(void *owner, const struct mqtt_message *message)
 	if (lane->filling == NULL)
 		lane->filling = delivery_take(lane->delivery, &lane->sender);
 	struct batch *batch = &lane->filling->batch;
-	batch->route = lane->filter;
+	batch->route = lane->filter != NULL ? config->topic : NULL;
 	batch_add(batch, message, &config->id, (size_t)config->max_payload, clock_wall_ms());
 	lane->quiet = 0;
 	lane->pending++;
@@ -258,10 +278,13 @@ static void on_subscribed(void *owner, int reason)
 {
 	struct lane *lane = owner;
 	if (reason >= 0x80) {
-		log_repeat(&lane->refusal, LOG_LEVEL_ERROR, "consumer",
-		           "the broker refuses the subscription to %s (reason 0x%02x); check its access rules",
-		           lane->filter, (unsigned)reason);
-		mqtt_give_up(lane->mqtt, "subscription refused");
+		char *why = reason == SHARES_REFUSED
+		                ? memory_string(NO_SHARES)
+		                : memory_format("the broker refuses the subscription to %s (reason 0x%02x); check its "
+		                                "access rules",
+		                                lane->filter, (unsigned)reason);
+		refuse(lane, why);
+		free(why);
 		return;
 	}
 	if (reason < lane->config->consumer.qos && reason < 1)
@@ -270,7 +293,7 @@ static void on_subscribed(void *owner, int reason)
 	log_info("consumer", "subscribed to %s at QoS %d", lane->filter, reason);
 	lane->counters->connections_up += !lane->up;
 	lane->up = true;
-	lane->handler.subscribed(lane->owner);
+	lane->handler.subscribed(lane->owner, lane);
 }
 
 static void on_unsubscribed(void *owner)
@@ -342,7 +365,7 @@ struct lane *lane_create(uv_loop_t *loop, const struct lane_options *options, co
 	lane->handler = *handler;
 	lane->owner = owner;
 	lane->client_id = memory_string(options->client_id);
-	lane->filter = options->filter;
+	lane->filter = options->filter != NULL ? memory_string(options->filter) : NULL;
 	lane->stale = copy_list(options->stale);
 	lane->hold_ms = hold_limit(0);
 	lane->counters->connections += options->filter != NULL;
@@ -386,6 +409,7 @@ static void handle_closed(uv_handle_t *handle)
 	for (char **filter = lane->stale; *filter != NULL; filter++)
 		free(*filter);
 	free(lane->stale);
+	free(lane->filter);
 	free(lane->client_id);
 	free(lane);
 }

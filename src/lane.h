@@ -25,15 +25,14 @@ struct lane_options {
 	struct delivery *delivery;   /* borrowed */
 	struct metrics_consumer *counters;
 	const char *client_id; /* copied */
-	const char *filter; /* to subscribe, borrowed from the configuration; NULL: a session left behind, which is to
-	                       be emptied and ended */
+	const char *filter;    /* to subscribe, copied; NULL: a session left behind, which is to be emptied and ended */
 	const char *const *stale; /* filters to unsubscribe, copied; ends with NULL */
-	const char *name;         /* for the log; borrowed, static */
+	const char *name;         /* for the log; borrowed for the life of the lane */
 };
 
 struct lane_handler {
 	/* The broker has taken the subscription: from now on nothing that is published escapes. Each time. */
-	void (*subscribed)(void *owner);
+	void (*subscribed)(void *owner, struct lane *lane);
 	/* The broker has taken back every stale filter. Once. */
 	void (*unsubscribed)(void *owner, struct lane *lane);
 	/* The session left behind is empty, or unknown to the broker: lane_stop() ends it there. Once. */

@@ -404,17 +404,19 @@ static void read_granted(const struct mqtt *mqtt, int flags, const mosquitto_pro
 {
 	uint16_t keepalive = (uint16_t)(mqtt->config->keepalive_ms / 1000), receive_maximum = UINT16_MAX;
 	uint32_t expiry = mqtt->clean_start ? 0 : (uint32_t)(mqtt->config->session_expiry_ms / 1000);
-	uint8_t maximum_qos = 2;
+	uint8_t maximum_qos = 2, shares = 1;
 	mosquitto_property_read_int16(properties, MQTT_PROP_SERVER_KEEP_ALIVE, &keepalive, false);
 	mosquitto_property_read_int16(properties, MQTT_PROP_RECEIVE_MAXIMUM, &receive_maximum, false);
 	mosquitto_property_read_int32(properties, MQTT_PROP_SESSION_EXPIRY_INTERVAL, &expiry, false);
 	mosquitto_property_read_byte(properties, MQTT_PROP_MAXIMUM_QOS, &maximum_qos, false);
+	mosquitto_property_read_byte(properties, MQTT_PROP_SHARED_SUB_AVAILABLE, &shares, false);
 	*granted = (struct mqtt_granted){
 	    .session_present = flags & 1,
 	    .keepalive_s = keepalive,
 	    .session_expiry_s = mqtt->config->protocol == 5 ? (int64_t)expiry : -1,
 	    .receive_maximum = receive_maximum,
 	    .maximum_qos = maximum_qos,
+	    .shares = shares != 0,
 	};
 }
 
@@ -1123,9 +1125,12 @@ static void handle_closed(uv_handle_t *handle)
 	free_when_closed(mqtt);
 }
 
-/* While closing, once: no job of ours runs any more. */
+/* While closing: no job of ours runs any more. The owner may close from handler->down, so what ended the connection may
+ * come here a second time. */
 static void finish_close(struct mqtt *mqtt)
 {
+	if (mqtt->state == CLOSED)
+		return;
 	drop_connection(mqtt);
 	drop_client(mqtt);
 	mqtt->state = CLOSED;

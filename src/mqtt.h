@@ -45,6 +45,7 @@ struct mqtt_granted {
 	int64_t session_expiry_s; /* in force; -1 under MQTT 3.1.1, where the broker decides */
 	int receive_maximum;      /* what the broker takes from us unacknowledged */
 	int maximum_qos;
+	bool shares; /* it takes shared subscriptions, or does not say otherwise (MQTT 5 §3.2.2.3.13) */
 };
 
 /* Members may be NULL where the owner does not care. */
@@ -73,7 +74,7 @@ struct mqtt_handler {
 struct mqtt_options {
 	const struct config_mqtt *config; /* borrowed for the life of the connection */
 	const char *client_id;            /* copied */
-	const char *name;                 /* for the log: "consumer", "publisher"; borrowed, static */
+	const char *name;                 /* for the log: "consumer", "publisher"; borrowed as well */
 	bool clean_start;                 /* a throwaway session, gone with the connection */
 	bool keep_client;                 /* keep unacknowledged published messages across reconnects */
 	bool quiet;                       /* of no importance: what happens to it is logged at level debug */

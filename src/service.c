@@ -25,8 +25,7 @@
 enum {
 	STATUS_MS = 1000,
 	UNSTOPPABLE_MS = 1500, /* a worker that hangs in the resolver or the driver gets this long on top */
-	EXTRA_THREADS =
-	    6, /* for the spool, its drain, name resolution, connects and files, beside the storing workers */
+	EXTRA_THREADS = 6, /* for the spool, its drain, name resolution, two connects and files, beside the workers */
 	SIGNALS = 4,
 	LOOP_DESCRIPTORS = 8,
 	PATIENCE_MS = 250,
@@ -42,7 +41,7 @@ struct service {
 	struct consumer *consumer;
 	struct publisher *publisher;
 	struct http *http;                    /* NULL unless http.listen is set */
-	struct broker *broker;                /* the same */
+	struct broker *broker;                /* the same, or consuming with a share group */
 	unsigned to_stop;                     /* parts that are to stop, or stopping */
 	void (*parts_stopped)(void *context); /* when none of those runs any more, or NULL */
 	void *parts_context;
@@ -201,11 +200,21 @@ static bool start_http(struct service *service, char *error, size_t error_size)
 		return true;
 	service->http =
 	    http_start(&service->loop, config->http.address, config->http.port, &handler, service, error, error_size);
-	if (service->http == NULL)
-		return false;
-	service->broker = broker_start(&service->loop, &config->mqtt,
-	                               state_client_id(service->state, config->mqtt.client_id), service);
-	return true;
+	return service->http != NULL;
+}
+
+static bool shares(const struct config *config)
+{
+	return (config->role & CONFIG_ROLE_CONSUMER) && config_shares(&config->consumer);
+}
+
+static void start_broker(struct service *service)
+{
+	const struct config *config = service->config;
+	if (config->http.enabled || shares(config))
+		service->broker =
+		    broker_start(&service->loop, &config->mqtt, state_client_id(service->state, config->mqtt.client_id),
+		                 shares(config), service);
 }
 
 static bool wants_status(const struct service *service)
@@ -520,7 +529,8 @@ static void watch_signals(struct service *service)
 static void size_thread_pool(const struct config *config)
 {
 	char threads[16];
-	snprintf(threads, sizeof threads, "%d", config->consumer.workers + EXTRA_THREADS + config->http.enabled);
+	int connects = config->consumer.connections - 1 + (config->http.enabled || shares(config));
+	snprintf(threads, sizeof threads, "%d", config->consumer.workers + EXTRA_THREADS + connects);
 	setenv("UV_THREADPOOL_SIZE", threads, 1);
 }
 
@@ -573,8 +583,10 @@ struct service *service_create(const struct config *config, char *error, size_t 
 	uv_prepare_init(&service->loop, &service->prepare);
 	uv_prepare_start(&service->prepare, measure_iteration);
 	watch_signals(service);
-	if (start_http(service, error, error_size))
+	if (start_http(service, error, error_size)) {
+		start_broker(service);
 		return service;
+	}
 	service_destroy(service);
 	return NULL;
 }
@@ -583,7 +595,7 @@ void service_destroy(struct service *service)
 {
 	if (service == NULL)
 		return;
-	if (!service->finished) { /* never run: no part, at most http */
+	if (!service->finished) { /* never run: no part, at most http and broker */
 		service_stop(service);
 		uv_run(&service->loop, UV_RUN_DEFAULT);
 	}

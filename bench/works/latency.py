@@ -20,7 +20,7 @@ from works.live import live_rate
 WATCH = Path(__file__).resolve().parent.parent / "watch.py"
 EVERY = 8  # one message in so many is watched
 WARM_UP, MEASURED = 2.0, 5.0
-START = 0.8  # seconds for a contender to connect before the first message is due
+START_MS = 200  # from the start of the publisher until the first message is due
 LARGEST_US = 120_000_000
 PERCENTILES = (0, 25, 50, 75, 90, 95, 98, 99, 99.5, 99.8, 99.9, 99.95, 99.99, 100)
 CONTENDERS = ["mqtt2mongo-1", "mqtt2mongo-4", "node-durable", "node", "python-batched"]
@@ -79,8 +79,8 @@ def measure(bench, contender, load):
     "publisher_late_ms": the most that a message left after it was due})."""
     bench.clear()
     contender.prepare(bench)
-    argv = [LOAD, "-p", bench.broker.port, "-n", load.count, "-r", f"{load.rate:.3f}", "-d", int(START * 1000)]
-    with (Watcher(bench, load.watched) as watcher, bench.start(contender) as run,
+    argv = [LOAD, "-p", bench.broker.port, "-n", load.count, "-r", f"{load.rate:.3f}", "-d", START_MS]
+    with (Watcher(bench, load.watched) as watcher, bench.connected(contender) as run,
           Run("load", bench.scratch / "runs", argv) as publisher):
         wait_until(lambda: not publisher.alive, 60, "the publisher has sent all", interval=0.1)
         publisher.ended_well(publisher.popen.returncode)

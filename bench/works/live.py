@@ -5,7 +5,6 @@ from the collection's count, polled every 5 ms (a contender that stores nothing 
 """
 
 import json
-import os
 import time
 
 from contenders import ALL, chosen
@@ -47,17 +46,18 @@ def publisher_sent(publisher):
     return json.loads(publisher.stdout.read_text().splitlines()[-1])["sent"]
 
 
-def measure(bench, contender, seconds):
+def measure(bench, contender, seconds, warm_up=WARM_UP):
     """One contender under as much load as it bears: a Turn of `seconds`. All that was sent must be stored in the end."""
     bench.clear()
     counter = Counter(bench.scratch / "stored")
     window = SLOW_WINDOW if contender.name == "python" else WINDOW
     contender.prepare(bench)
-    with (bench.start(contender, counter=counter) as run,
+    with (bench.connected(contender, counter=counter) as run,
           Run("load", bench.scratch / "runs", [LOAD, "-p", bench.broker.port, "-c", counter.path, "-w", window]) as publisher):
         pace = Pace(bench, contender, run, counter)
-        begun = pace.follow(WARM_UP)
+        begun, servers = pace.follow(warm_up), bench.server_cpu()
         ended = pace.follow(seconds)
+        used = bench.server_use(servers, max(1, ended[1] - begun[1]))
         publisher.finish()
         sent = publisher_sent(publisher)
         wait_for_rest(pace, sent)
@@ -66,7 +66,7 @@ def measure(bench, contender, seconds):
         bench.check(contender.name, sent)
     if ended[1] == begun[1]:
         raise Failed(f"{contender.name} stored nothing in {seconds} s; {sent} were sent")
-    return Turn(ended[1] - begun[1], ended[0] - begun[0], ended[2] - begun[2], run.peak, contender.sums(run))
+    return Turn(ended[1] - begun[1], ended[0] - begun[0], ended[2] - begun[2], run.peak, {**used, **contender.sums(run)})
 
 
 def wait_for_rest(pace, sent, limit=60):
@@ -78,16 +78,16 @@ def wait_for_rest(pace, sent, limit=60):
 
 
 def live(bench):
-    seconds = 3.0 if bench.quick else float(os.environ.get("MQTT2MONGO_BENCH_LIVE_SECONDS", MEASURED))
+    warm_up, seconds = (1.0, 2.0) if bench.quick else (WARM_UP, MEASURED)
     rows = Rows("live", "Live, the highest rate without a backlog", "msg/s", "higher", payload_bytes=110, topics=100,
-                receive_maximum=4096, window=WINDOW, warm_up_seconds=WARM_UP, measured_seconds=seconds)
+                receive_maximum=4096, window=WINDOW, warm_up_seconds=warm_up, measured_seconds=seconds)
     contenders, missing = chosen(*(CONTENDERS[:4] if bench.quick else CONTENDERS))
     for name, why in missing.items():
         rows.leave_out(name, "live", why)
     for turn in range(bench.rounds):
         for contender in bench.rotated([one for one in contenders if not rows.failed(one, "live")], turn):
             with rows.attempt(bench, contender, "live"):
-                found = measure(bench, contender, seconds)
+                found = measure(bench, contender, seconds, warm_up)
                 rows.add_turn(contender, "live", found)
                 say(f"  {contender.name:15} {found}")
     return rows.work

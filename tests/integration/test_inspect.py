@@ -142,6 +142,25 @@ def test_check_leaves_no_session(mosquitto, mongod, service, database):
     assert not clients.take_session(broker.port, client_id, quiet=0.2)
 
 
+def test_check_takes_nothing_from_a_share_group(mosquitto, mongod, service, database, collection):
+    """It says what group would be joined, and whether the broker is one that loses messages of it; it does not join: every message
+    that is published while checks run is the service's."""
+    broker = mosquitto()
+    shared = {"consumer.share": "plant-7", "consumer.connections": 2}
+    running = consuming(service(broker=broker, mongod=mongod, database=database, settings=shared))
+    for turn in range(3):
+        with clients.connected(broker.port) as publisher:
+            for number in range(20):
+                publisher.publish("sensors/a", json.dumps(turn * 20 + number), qos=1)
+            said, _ = check(service, broker=broker, mongod=mongod, database=database,
+                            settings=shared | {"role": "consumer", "mqtt.client_id": "another"})
+            publisher.loop(0.1)
+        assert re.search(r"^would +be 2 connections of the share group plant-7$", said, re.M), said
+        assert ("loses messages of shared subscriptions" in said) == ("mosquitto version 2.0.11" in broker.log), said
+    wait_until(lambda: collection.count_documents({}) == 60, 10, "all are stored")
+    running.stop()
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_check_interrupted_is_no_success(mosquitto, mongod, service, database, number):
     broker = mosquitto()

@@ -537,8 +537,8 @@ static void topics(void **state)
 	                                     {"a\xc0\x80", "is not UTF-8"},
 	                                     {"a\xed\xa0\x80", "is not UTF-8"},
 	                                     {"$share/g/a",
-	                                      "shared subscriptions are not supported yet, give the filter "
-	                                      "without $share/GROUP/"}};
+	                                      "give the filter without $share/GROUP/, and the name of the group in "
+	                                      "consumer.share"}};
 	char *flags;
 	for (size_t i = 0; i < sizeof GOOD / sizeof GOOD[0]; i++) {
 		assert_true(asprintf(&flags, "--role|both|--consumer-topic=%s", GOOD[i]) > 0);
@@ -559,6 +559,42 @@ static void topics(void **state)
 	refuses("--role|both|--publisher-topic|a/+", "+ and # are for subscribing only, write {device}");
 	refuses("--role|both|--publisher-topic|a/#", "+ and # are for subscribing only");
 	warns("--role|both|--publisher-topic|a/{devcie}", "only {device} is replaced");
+}
+
+static void share_groups(void **state)
+{
+	char *flags;
+	assert_int_equal(load("--role|consumer"), CONFIG_RUN);
+	assert_int_equal(config.consumer.connections, 1);
+	assert_null(config.consumer.share);
+	accepts("--role|consumer|--consumer-share|plant-7|--consumer-connections|64");
+	assert_string_equal(config.consumer.share, "plant-7");
+	assert_int_equal(config.consumer.connections, 64);
+	accepts("--role|consumer|--mqtt-client-id|plant|--consumer-connections|2");
+	refuses("--role|consumer|--consumer-connections|0",
+	        "--consumer-connections: 0 is out of range, allowed are 1 to 64");
+	refuses("--role|consumer|--consumer-connections|65",
+	        "--consumer-connections: 65 is out of range, allowed are 1 to 64");
+	refuses("--role|consumer|--consumer-connections|x", "--consumer-connections");
+	refuses("--role|consumer|--consumer-share|", "--consumer-share: is empty");
+	refuses("--role|consumer|--consumer-share|a/b", "--consumer-share: the name of a share group holds no / + #");
+	refuses("--role|consumer|--consumer-share|a+", "--consumer-share: the name of a share group holds no / + #");
+	refuses("--role|consumer|--consumer-share|#", "--consumer-share: the name of a share group holds no / + #");
+	refuses("--role|consumer|--consumer-share|a\n", "--consumer-share: is not UTF-8 without control characters");
+	refuses("--role|consumer|--mqtt-client-id|plant/7|--consumer-connections|2",
+	        "--consumer-connections: several connections form a share group, which cannot have the name of "
+	        "mqtt.client_id because of its / + or #; give one in consumer.share");
+	accepts("--role|consumer|--mqtt-client-id|plant/7|--consumer-connections|2|--consumer-share|plant-7");
+	refuses("--role|consumer|--consumer-qos|0|--consumer-connections|2",
+	        "--consumer-connections: with consumer.qos 0 there is one connection only");
+	refuses("--role|consumer|--consumer-qos|0|--consumer-share|g",
+	        "--consumer-share: has no effect with consumer.qos 0");
+	assert_true(asprintf(&flags, "--role|consumer|--consumer-topic=a|--consumer-share=%065526d", 0) > 0);
+	accepts(flags);
+	free(flags);
+	assert_true(asprintf(&flags, "--role|consumer|--consumer-topic=a|--consumer-share=%065527d", 0) > 0);
+	refuses(flags, "--consumer-share: is too long");
+	free(flags);
 }
 
 static void mongodb_names(void **state)
@@ -1057,6 +1093,7 @@ int main(void)
 	    TEST(hosts),
 	    TEST(identity),
 	    TEST(topics),
+	    TEST(share_groups),
 	    TEST(mongodb_names),
 	    TEST(crossed_values),
 	    TEST(tls),
