@@ -35,7 +35,7 @@ from works.spool import spool
 
 WORKS = {"drain": drain, "live": live, "latency": latency, "payloads": payloads, "growth": growth, "spool": spool,
          "publisher": publisher, "cost": cost}
-NOT_QUICK = ("spool", "publisher")
+NOT_QUICK = ("payloads", "growth", "spool", "publisher")
 
 
 def first_line(*argv):
@@ -103,7 +103,7 @@ def run_works(bench, names):
 def options():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few contenders, small counts: minutes instead of half an hour")
-    parser.add_argument("--works", help=f"of {', '.join(WORKS)}; default: all, with --quick not {' and '.join(NOT_QUICK)}")
+    parser.add_argument("--works", help=f"of {', '.join(WORKS)}; default: all, with --quick not {', '.join(NOT_QUICK)}")
     parser.add_argument("--rounds", type=int, help="turns of each contender; default 5, quick 3")
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "bench" / "results", help="directory for the report")
     found = parser.parse_args()
