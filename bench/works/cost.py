@@ -95,16 +95,20 @@ class Strace(Under):
         return ["strace", "-D", "-f", "-c", "-o", self.kept]
 
     def parts(self):
-        """Lines: % time, seconds, usecs/call, calls, errors if any, the call's name. Failed ones are counted once more, apart."""
-        text = wait_until(lambda: self.kept.exists() and (found := self.kept.read_text()).endswith(" total\n") and found, 10,
-                          "strace has written its table")
-        calls = {}
-        for number, errors, name in re.findall(r"^ *[\d.]+ +[\d.]+ +\d+ +(\d+) +(\d+ )? *(\w+)$", text, re.M):
-            if name != "total":
-                calls[name] = int(number)
-                if errors:
-                    calls[f"{name} failed"] = int(errors)
-        return calls
+        return calls_of(wait_until(lambda: self.kept.exists() and (found := self.kept.read_text()).endswith(" total\n") and found,
+                                   10, "strace has written its table"))
+
+
+def calls_of(table):
+    """{system call: how often} of strace's table: % time, seconds, usecs/call, calls, errors if any, name. Those that failed are
+    counted once more, apart."""
+    calls = {}
+    for number, errors, name in re.findall(r"^ *[\d.]+ +[\d.]+ +\d+ +(\d+) +(\d+ )? *(\w+)$", table, re.M):
+        if name != "total":
+            calls[name] = int(number)
+            if errors:
+                calls[f"{name} failed"] = int(errors)
+    return calls
 
 
 def cannot_run(*argv):

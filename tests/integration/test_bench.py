@@ -14,6 +14,8 @@ sys.path.insert(0, str(ROOT / "bench"))
 
 import charts  # noqa: E402
 import report  # noqa: E402
+import status  # noqa: E402
+from works.cost import calls_of  # noqa: E402
 
 pytestmark = pytest.mark.not_sanitized("it is about the benchmark's own tools")
 
@@ -115,6 +117,41 @@ def test_an_old_chart_does_not_stay(written):
 def test_numbers_are_for_people():
     assert [charts.number(value) for value in (1234567, 99.46, 5.678, 3, 0.001234, 0, None)] == [
         "1,234,567", "99.5", "5.68", "3", "0.0012", "0", "–"]
+
+
+def test_the_table_of_strace_is_read():
+    assert calls_of("""% time     seconds  usecs/call     calls    errors syscall
+------ ----------- ----------- --------- --------- ----------------
+ 85.32    2.882275       18595       155        15 futex
+  2.62    0.088510          10      8123           read
+------ ----------- ----------- --------- --------- ----------------
+100.00    3.378291         217     15539        15 total
+""") == {"futex": 155, "futex failed": 15, "read": 8123}
+
+
+class Running:
+    """A Run that runs."""
+
+    name = "it"
+
+    def check_alive(self):
+        pass
+
+    look = check_alive
+
+    @staticmethod
+    def tail(_):
+        return ""
+
+
+def test_a_rate_is_from_the_first_message_seen_to_the_last(monkeypatch):
+    monkeypatch.setattr(status, "INTERVAL", 0.1)
+    seen = iter([0, 0, 0, 100, 150, 200])
+    assert status.rate_until(Running(), lambda: next(seen), 200, 10) == pytest.approx(500, rel=0.1)
+    with pytest.raises(status.Failed, match="100 of 200 within 0.05 s"):
+        status.rate_until(Running(), lambda: 100, 200, 0.05)
+    with pytest.raises(status.Failed, match="all 200 at once"):
+        status.rate_until(Running(), lambda: 200, 200, 10)
 
 
 def test_scripts_bench_says_how_it_is_used():
