@@ -20,6 +20,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests" / "integration"))
 
+from pymongo.errors import PyMongoError  # noqa: E402
+
 from processes import Process, wait_until  # noqa: E402
 from servers import Mongod, Mosquitto  # noqa: E402
 
@@ -205,7 +207,7 @@ class Bench:
 
     def rotated(self, contenders, turn):
         """Who begins changes each round."""
-        at = turn % len(contenders)
+        at = turn % max(1, len(contenders))
         return contenders[at:] + contenders[:at]
 
     def clear(self):
@@ -402,7 +404,7 @@ class Rows:
         """One turn: when it fails this is noted as an error of the work, and the others go on. The contender's sessions end."""
         try:
             yield
-        except (Failed, AssertionError, OSError, subprocess.SubprocessError) as error:
+        except (Failed, AssertionError, OSError, subprocess.SubprocessError, PyMongoError) as error:
             say(f"  {contender.name} ({case}) FAILED: {error}")
             self.work["errors"].append({"contender": contender.name, "case": str(case), "error": str(error)})
         finally:

@@ -33,7 +33,7 @@
 #include <unistd.h>
 
 enum {
-	IN_FLIGHT = 2000, /* below the broker's receive maximum */
+	IN_FLIGHT = 4000, /* below the broker's receive maximum */
 	BURST = 64 * 1024,
 	LARGEST = 1024 * 1024,
 	NANOSECONDS = 1000000000,
