@@ -19,7 +19,7 @@ from works.live import live_rate
 
 WATCH = Path(__file__).resolve().parent.parent / "watch.py"
 EVERY = 8  # one message in so many is watched
-WARM_UP, MEASURED = 2.0, 5.0
+WARM_UP, MEASURED = 2.0, 4.0
 START_MS = 200  # from the start of the publisher until the first message is due
 LARGEST_US = 120_000_000
 PERCENTILES = (0, 25, 50, 75, 90, 95, 98, 99, 99.5, 99.8, 99.9, 99.95, 99.99, 100)
