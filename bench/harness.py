@@ -17,10 +17,10 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+from pymongo.errors import PyMongoError
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests" / "integration"))
-
-from pymongo.errors import PyMongoError  # noqa: E402
 
 from processes import Process, wait_until  # noqa: E402
 from servers import Mongod, Mosquitto  # noqa: E402
@@ -302,18 +302,18 @@ class Bench:
                 seconds = self.wait_stored(run, count, limit=limit)
                 run.finish()
             else:
-                seconds = self.wait_end(run, limit)
+                seconds = self.wait_end(run, count, limit)
         used = self.server_use(before, count)
         if contender.stores:
             self.check(contender.name, count, size=size, topics=topics)
         return Turn(count, seconds, run.cpu(), run.peak, {**used, **contender.sums(run)})
 
-    def wait_end(self, run, limit):
-        """Wait until the process ends by itself; the seconds since it was started."""
+    def wait_end(self, run, count, limit):
+        """Wait until the process ends by itself, after `count` messages; the seconds since it was started."""
         deadline = time.monotonic() + limit
         while run.alive:
             if time.monotonic() > deadline:
-                raise Failed(f"{run.name} has not ended within {limit} s")
+                raise Failed(f"{run.name} has not had its {count} messages within {limit} s")
             run.look()
             time.sleep(0.005)
         seconds = time.monotonic() - run.begun

@@ -82,7 +82,7 @@ def measure(bench, contender, load):
     argv = [LOAD, "-p", bench.broker.port, "-n", load.count, "-r", f"{load.rate:.3f}", "-d", START_MS]
     with (Watcher(bench, load.watched) as watcher, bench.connected(contender) as run,
           Run("load", bench.scratch / "runs", argv) as publisher):
-        wait_until(lambda: not publisher.alive, 60, "the publisher has sent all", interval=0.1)
+        wait_until(lambda: not publisher.alive, 60, f"all {load.count} messages for {contender.name} are sent", interval=0.1)
         publisher.ended_well(publisher.popen.returncode)
         bench.wait_stored(run, load.count, limit=60, interval=0.005)
         stored = time.monotonic_ns()
