@@ -17,6 +17,8 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+from pymongo.errors import PyMongoError
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests" / "integration"))
 
@@ -206,7 +208,7 @@ class Bench:
 
     def rotated(self, contenders, turn):
         """Who begins changes each round."""
-        at = turn % len(contenders)
+        at = turn % max(1, len(contenders))
         return contenders[at:] + contenders[:at]
 
     def clear(self):
@@ -301,18 +303,18 @@ class Bench:
                 seconds = self.wait_stored(run, count, limit=limit)
                 run.finish()
             else:
-                seconds = self.wait_end(run, limit)
+                seconds = self.wait_end(run, count, limit)
         used = self.server_use(before, count)
         if contender.stores:
             self.check(contender.name, count, size=size, topics=topics)
         return Turn(count, seconds, run.cpu(), run.peak, {**used, **contender.sums(run)})
 
-    def wait_end(self, run, limit):
-        """Wait until the process ends by itself; the seconds since it was started."""
+    def wait_end(self, run, count, limit):
+        """Wait until the process ends by itself, after `count` messages; the seconds since it was started."""
         deadline = time.monotonic() + limit
         while run.alive:
             if time.monotonic() > deadline:
-                raise Failed(f"{run.name} has not ended within {limit} s")
+                raise Failed(f"{run.name} has not had its {count} messages within {limit} s")
             run.look()
             time.sleep(0.005)
         seconds = time.monotonic() - run.begun
@@ -403,7 +405,7 @@ class Rows:
         """One turn: when it fails this is noted as an error of the work, and the others go on. The contender's sessions end."""
         try:
             yield
-        except (Failed, AssertionError, OSError, subprocess.SubprocessError) as error:
+        except (Failed, AssertionError, OSError, subprocess.SubprocessError, PyMongoError) as error:
             say(f"  {contender.name} ({case}) FAILED: {error}")
             self.work["errors"].append({"contender": contender.name, "case": str(case), "error": str(error)})
         finally:

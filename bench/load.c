@@ -33,7 +33,7 @@
 #include <unistd.h>
 
 enum {
-	IN_FLIGHT = 2000, /* below the broker's receive maximum */
+	IN_FLIGHT = 4000, /* below the broker's receive maximum */
 	BURST = 64 * 1024,
 	LARGEST = 1024 * 1024,
 	NANOSECONDS = 1000000000,
@@ -45,7 +45,8 @@ struct load {
 	uint64_t count, size, topics, window, delay_ms;
 	double rate;
 	_Atomic uint64_t *stored; /* NULL: no credit is kept */
-	uint64_t t0, latest;      /* ns; the most a message was late */
+	uint64_t t0;              /* ns */
+	double latest;            /* ns; the most that a message was late */
 	uint64_t sent, acknowledged;
 	size_t out_length, in_length;
 	char out[BURST + 2 * LARGEST];
@@ -135,7 +136,7 @@ static void append_publish(struct load *load)
 /* Before the oldest message that is due leaves. */
 static void note_lateness(struct load *load)
 {
-	uint64_t late = now() - load->t0 - (uint64_t)((double)load->sent / load->rate * 1e9);
+	double late = (double)(now() - load->t0) - (double)load->sent / load->rate * 1e9;
 	load->latest = late > load->latest ? late : load->latest;
 }
 
@@ -312,7 +313,7 @@ int main(int argc, char **argv)
 	printf("{\"t0\": %lu}\n", (unsigned long)load.t0);
 	fflush(stdout);
 	publish(&load);
-	printf("{\"sent\": %lu, \"late_ms\": %.3f}\n", (unsigned long)load.sent, (double)load.latest / 1e6);
+	printf("{\"sent\": %lu, \"late_ms\": %.3f}\n", (unsigned long)load.sent, load.latest / 1e6);
 	close(load.fd);
 	return 0;
 }

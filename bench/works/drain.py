@@ -17,6 +17,8 @@ def drain_backlogs(bench, rows, count, names, **row):
 
 
 def drain_round(bench, rows, count, contenders, **row):
+    if not contenders:
+        return
     try:
         bench.fill(contenders, count)
         for contender in contenders:

@@ -19,7 +19,7 @@ from works.live import live_rate
 
 WATCH = Path(__file__).resolve().parent.parent / "watch.py"
 EVERY = 8  # one message in so many is watched
-WARM_UP, MEASURED = 2.0, 5.0
+WARM_UP, MEASURED = 2.0, 4.0
 START_MS = 200  # from the start of the publisher until the first message is due
 LARGEST_US = 120_000_000
 PERCENTILES = (0, 25, 50, 75, 90, 95, 98, 99, 99.5, 99.8, 99.9, 99.95, 99.99, 100)
@@ -82,7 +82,7 @@ def measure(bench, contender, load):
     argv = [LOAD, "-p", bench.broker.port, "-n", load.count, "-r", f"{load.rate:.3f}", "-d", START_MS]
     with (Watcher(bench, load.watched) as watcher, bench.connected(contender) as run,
           Run("load", bench.scratch / "runs", argv) as publisher):
-        wait_until(lambda: not publisher.alive, 60, "the publisher has sent all", interval=0.1)
+        wait_until(lambda: not publisher.alive, 60, f"all {load.count} messages for {contender.name} are sent", interval=0.1)
         publisher.ended_well(publisher.popen.returncode)
         bench.wait_stored(run, load.count, limit=60, interval=0.005)
         stored = time.monotonic_ns()

@@ -10,6 +10,8 @@ CONTENDERS = ["bare", "mqtt2mongo-1", "node"]
 def payloads_round(bench, rows, contenders, case, turn):
     size, count = SIZES[case]
     contenders = bench.rotated([one for one in contenders if not rows.failed(one, case)], turn)
+    if not contenders:
+        return
     try:
         bench.fill(contenders, count, size=size)
         for contender in contenders:
