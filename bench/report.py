@@ -14,7 +14,9 @@ import targets
 from charts import number
 
 GROWING = ("growth",)  # the works of which x is the point
-EXTRAS = {"p50": "p50", "p99.9": "p99.9", "wall_us": "µs/msg", "mb_per_s": "MB/s", "spooled": "spooled"}  # columns of their own
+EXTRAS = {  # of a row's extra: columns of their own
+    "p50": "p50", "p99.9": "p99.9", "wall_us": "µs/msg", "mb_per_s": "MB/s", "spooled": "spooled",
+    "broker_cpu_us": "broker's CPU", "mongod_cpu_us": "mongod's CPU"}
 COLUMNS = ("contender", "case", "median", "min–max", "ratio", *EXTRAS.values(), "CPU µs/msg", "peak MiB", "notes")
 
 
