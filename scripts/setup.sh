@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # What the other scripts stand on: finds out what this machine lacks, installs it, builds.
 #
-# Sourced (scripts/demo, test, dev) it defines the setup_* functions below; run, it does it all:
+# Sourced (scripts/demo, test, dev, bench) it defines the setup_* functions below; run, it does it all:
 #
-#     scripts/setup.sh [demo|test|dev]        default: test
+#     scripts/setup.sh [demo|test|dev|bench]        default: test
 #
 # It is idempotent, and needs no network once everything is there. Nothing outside build/ is touched,
 # but for Debian packages that are missing.
@@ -66,6 +66,13 @@ missing_packages() {
 	$SYSTEM_PYTHON -c 'import ensurepip, venv' 2>/dev/null || printf 'python3-venv\n'
 	[[ $(ldconfig -p) == *'libcurl.so.4 '* ]] || printf 'libcurl4\n' # mongod of the Python wheel links to it
 	[ "$level" != demo ] || return 0
+	if [ "$level" = bench ]; then
+		tool node nodejs
+		tool npm npm
+		tool strace strace
+		tool valgrind valgrind
+		return 0
+	fi
 
 	tool openssl openssl
 	tool groff groff-base
@@ -85,7 +92,7 @@ missing_packages() {
 	tool shellcheck shellcheck
 }
 
-# Install what is missing for LEVEL (demo, test or dev).
+# Install what is missing for LEVEL (demo, test, dev or bench).
 setup_packages() {
 	local level=$1 missing as_root=() log=$LOGS/packages.log
 	[ "$(uname -s)" = Linux ] ||
@@ -322,12 +329,13 @@ setup_build() {
 
 setup_all() {
 	case ${1:-test} in
-	demo | test | dev) ;;
-	*) die "unknown argument: $1" "usage: scripts/setup.sh [demo|test|dev]" ;;
+	demo | test | dev | bench) ;;
+	*) die "unknown argument: $1" "usage: scripts/setup.sh [demo|test|dev|bench]" ;;
 	esac
 	setup_packages "${1:-test}"
 	setup_python
 	[ "${1:-test}" != dev ] || setup_requirements dev "$ROOT/tests/requirements-dev.txt"
+	[ "${1:-test}" != bench ] || setup_requirements bench "$ROOT/bench/requirements.txt"
 	setup_servers
 	setup_build release
 }

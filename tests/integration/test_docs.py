@@ -7,6 +7,7 @@ from processes import ROOT
 from service import BUILD
 
 README = (ROOT / "README.md").read_text()
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def output(*args):
@@ -36,8 +37,20 @@ def test_every_flag_of_the_readme_exists():
         assert set(re.findall(r"--[a-z][a-z0-9-]+", line)) <= known, line
 
 
+def test_every_flag_of_a_script_exists():
+    """What follows the script's name, up to the end of the line or of the quotation."""
+    seen = set()
+    for path in DOCUMENTS:
+        for script, rest in re.findall(r"\bscripts/(demo|test|bench)\b([^`\n]*)", path.read_text()):
+            usage = subprocess.run([ROOT / "scripts" / script, "--help"], check=True, capture_output=True, text=True, timeout=20)
+            for flag in re.findall(r"(?<=\s)--?[a-z][a-z-]*", rest):
+                assert re.search(rf"(?<![\w-]){flag}\b", usage.stdout), f"{path.name}: scripts/{script} {flag}"
+                seen.add((script, flag))
+    assert {("test", "--quick"), ("bench", "--quick"), ("demo", "--keep")} <= seen
+
+
 def test_every_file_named_in_the_documents_exists():
-    for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]:
+    for path in DOCUMENTS:
         text = path.read_text()
         links = re.findall(r"\]\(([^)#:]+)\)", text)
         named = re.findall(r"`((?:scripts|config|docs|bench|tests)/[\w./-]+)`", text)

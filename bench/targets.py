@@ -1,0 +1,70 @@
+"""What the measurements are wanted to show, and whether they do: check(results) → [(what, wanted, got, met)].
+
+`met` is True, False, or None for what was not measured. Each compares medians of one run.
+"""
+
+import statistics
+
+from charts import number
+
+MINE, TOLD, MANY = "mqtt2mongo-1", "200000", "1000000"
+
+
+class Missing(Exception):
+    """The row that a target is about is not there, or is empty."""
+
+
+class Found:
+    """The medians of a run."""
+
+    def __init__(self, results):
+        self.rows = {(work["name"], row["contender"], row["case"]): row for work in results["works"] for row in work["rows"]}
+
+    def median(self, work, contender, case, field="values"):
+        row = self.rows.get((work, contender, case), {})
+        values = [value for value in row.get(field) or [] if value is not None]
+        if not values:
+            raise Missing
+        return statistics.median(values)
+
+    def ratio(self, work, contenders, case, field="values"):
+        one, other = contenders
+        return self.median(work, one, case, field) / self.median(work, other, case, field)
+
+    def growth(self, large, small):
+        return self.median("growth", MINE, large) / self.median("growth", MINE, small)
+
+
+# (what, "≥" or "≤", how much, its unit, what finds out)
+TARGETS = [
+    ("drain of 200,000, mqtt2mongo-1 to bare", "≥", 0.50, "", lambda found: found.ratio("drain", (MINE, "bare"), TOLD)),
+    ("drain of 200,000, mqtt2mongo-4 to bare", "≥", 0.65, "", lambda found: found.ratio("drain", ("mqtt2mongo-4", "bare"), TOLD)),
+    ("drain of 200,000, mqtt2mongo-1 to node", "≥", 2.0, "", lambda found: found.ratio("drain", (MINE, "node"), TOLD)),
+    ("live rate, mqtt2mongo-1 to bare", "≥", 0.95, "", lambda found: found.ratio("live", (MINE, "bare"), "live")),
+    ("CPU time a message in the drain of 200,000, mqtt2mongo-1 to bare", "≤", 1.5, "",
+     lambda found: found.ratio("drain", (MINE, "bare"), TOLD, "cpu_us")),
+    ("p99 of the latency at 50 %, mqtt2mongo-1", "≤", 15, " ms", lambda found: found.median("latency", MINE, "50 %")),
+    ("the same, to that of node-durable", "≤", 1.0, "", lambda found: found.ratio("latency", (MINE, "node-durable"), "50 %")),
+    ("peak memory in the drain of 1,000,000, mqtt2mongo-1", "≤", 64, " MiB",
+     lambda found: found.median("drain", MINE, MANY, "peak_mib")),
+    ("peak memory in an outage with 1,000,000, mqtt2mongo-1", "≤", 64, " MiB",
+     lambda found: found.median("spool", "spool out", MANY, "peak_mib")),
+    ("into the spool, to the drain of 200,000", "≥", 0.6, "", lambda found: found.ratio("spool", ("spool in", "drain"), TOLD)),
+    ("out of the spool, to the drain of 200,000", "≥", 0.8, "", lambda found: found.ratio("spool", ("spool out", "drain"), TOLD)),
+    ("CPU time a message, one of 1,000,000 to one of 10,000", "≤", 1.1, "",
+     lambda found: found.growth("1,000,000 messages", "10,000 messages")),
+    ("CPU time a message, with 10,000 topics to one with 1", "≤", 1.1, "", lambda found: found.growth("10,000 topics", "1 topic")),
+]
+
+
+def check(results):
+    checked, found = [], Found(results)
+    for what, sign, wanted, unit, find in TARGETS:
+        try:
+            got = find(found)
+        except Missing:
+            checked.append((what, f"{sign} {number(wanted)}{unit}", "not measured", None))
+            continue
+        met = got >= wanted if sign == "≥" else got <= wanted
+        checked.append((what, f"{sign} {number(wanted)}{unit}", f"{number(got)}{unit}", met))
+    return checked

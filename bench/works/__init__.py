@@ -1,0 +1,1 @@
+"""The works of the bench, a module each."""
