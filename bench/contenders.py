@@ -52,15 +52,16 @@ class Contender:
 
 
 class Bare(Contender):
-    """libmosquitto alone, discards: the floor."""
+    """libmosquitto alone, discards: the floor. `how`: a loop made for speed, or mosquitto_loop()."""
 
     stores, ends = False, True
 
-    def __init__(self):
-        super().__init__("bare", "stores nothing: the floor")
+    def __init__(self, name, how, notes):
+        super().__init__(name, notes)
+        self.how = how
 
     def argv(self, bench, count=None, counter=None):
-        return [BARE, "subscribe", bench.broker.port, FILTER, self.name, WINDOW, count or 0, *([counter.path] if counter else [])]
+        return [BARE, self.how, bench.broker.port, FILTER, self.name, WINDOW, count or 0, *([counter.path] if counter else [])]
 
 
 class Insert(Contender):
@@ -166,7 +167,9 @@ _ACKS_AFTER = "acknowledges when insert_one has returned; a failed insert ends i
 _ACKS_EARLY = "acknowledges before it has stored: what is in its memory is lost with it"
 
 ALL = {contender.name: contender for contender in (
-    Bare(), Insert(1), Insert(2), Service(1), Service(4),
+    Bare("bare", "subscribe", "stores nothing: the floor, as fast as libmosquitto goes"),
+    Bare("bare-loop", "loop", "stores nothing, by mosquitto_loop(), as most programs are written"),
+    Insert(1), Insert(2), Service(1), Service(4),
     Python("python", "python_single.py", _ACKS_AFTER),
     Python("python-batched", "python_batched.py", _ACKS_EARLY),
     Node("node", "default", _ACKS_EARLY + "; the server's default write concern"),

@@ -4,7 +4,7 @@ from contenders import chosen
 from harness import Rows, say
 
 SLOW = 20_000  # messages, for contenders that take a few thousand a second
-FAST = ["bare", "insert-1", "insert-2", "mqtt2mongo-1", "mqtt2mongo-4", "node"]
+FAST = ["bare", "bare-loop", "insert-1", "insert-2", "mqtt2mongo-1", "mqtt2mongo-4", "node"]
 
 
 def drain_backlogs(bench, rows, count, names, **row):

@@ -14,7 +14,7 @@ WINDOW = 20_000
 SLOW_WINDOW = 2_000  # for a contender that takes half a minute for 20,000
 POLL = 0.005
 WARM_UP, MEASURED = 2.0, 4.0
-CONTENDERS = ["bare", "mqtt2mongo-1", "mqtt2mongo-4", "node", "python-batched", "python"]
+CONTENDERS = ["bare", "mqtt2mongo-1", "mqtt2mongo-4", "node", "bare-loop", "python-batched", "python"]
 
 
 class Pace:

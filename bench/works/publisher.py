@@ -9,7 +9,7 @@ what the library can do.
 import json
 import time
 
-from contenders import Bare, Contender
+from contenders import ALL, Contender
 from harness import BUILD, Counter, Failed, Rows, say
 from processes import wait_until
 
@@ -87,7 +87,7 @@ class Window:
 def publisher(bench):
     rows = Rows("publisher", "The publisher keeps its rate", "achieved/asked", "higher", qos=1, window_seconds=WINDOW_SECONDS,
                 begins_after_seconds=SETTLE)
-    subscriber, counter = Bare(), Counter(bench.scratch / "published")
+    subscriber, counter = ALL["bare"], Counter(bench.scratch / "published")
     bench.clear()
     subscriber.prepare(bench)
     try:
