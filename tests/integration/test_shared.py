@@ -63,9 +63,9 @@ def wait_settled_sessions(running, timeout=60):
                interval=0.1)
 
 
-def publish(broker, first, count):
+def publish(broker, first, count, pace=None):
     payloads = [json.dumps(content_of(number)) for number in range(first, first + count)]
-    assert len(clients.publish(broker.port, payloads, lambda index: topic_of(first + index))) == count
+    assert len(clients.publish(broker.port, payloads, lambda index: topic_of(first + index), pace=pace)) == count
 
 
 def known(port, client_id, **connection):
