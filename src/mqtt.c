@@ -42,6 +42,7 @@ enum {
 	BURST_MS = 40,       /* read at most this long before the loop gets its turn */
 	CLOCK_EVERY = 64,    /* reads between two looks at the clock */
 	SEND_MAXIMUM = 1000, /* our own window towards a broker that states none */
+	RESENT_MS = 1000, /* held so long, a message may be sent again on the same connection by brokers that do so */
 	REASON_TEXT = 256,
 };
 
@@ -81,13 +82,16 @@ struct mqtt {
 	struct link *link; /* NULL unless HANDSHAKE, UP or CLOSING */
 	int mask;          /* events polled for */
 	uint64_t generation;
-	size_t held;       /* handed over, not durable; the gate is open at 0 */
-	uint64_t activity; /* callbacks from the library, to tell progress from a lying errno */
-	uint64_t messages; /* handed over in this generation */
-	size_t queued;     /* packets of ours since the last flush */
-	bool duplicate;    /* the DUP flag of the message about to be handed over */
-	bool in_library;   /* a callback is above us on the stack: nothing may be destroyed */
-	bool in_burst;     /* handler->drained is above us on the stack */
+	size_t held;                    /* handed over, not durable; the gate is open at 0 */
+	uint64_t activity;              /* callbacks from the library, to tell progress from a lying errno */
+	uint64_t messages;              /* handed over in this generation */
+	size_t queued;                  /* packets of ours since the last flush */
+	bool duplicate;                 /* the DUP flag of the message about to be handed over */
+	bool listening;                 /* to the library's log, for DUP flags */
+	bool round_acks, round_repeats; /* among what is held were messages of QoS 1, or with DUP */
+	uint64_t held_at;               /* loop time at which the gate closed */
+	bool in_library;                /* a callback is above us on the stack: nothing may be destroyed */
+	bool in_burst;                  /* handler->drained is above us on the stack */
 	bool phantom; /* the library wants to write, but a flush sends nothing: TLS waits for the peer. No reason to
 	                 poll */
 
@@ -153,6 +157,7 @@ static void drop_client(struct mqtt *mqtt)
 	if (mqtt->client != NULL)
 		mosquitto_destroy(mqtt->client);
 	mqtt->client = NULL;
+	mqtt->listening = false;
 }
 
 /* The generation is over: unsent PUBACKs go with the client. Not from inside the library, nor while a job runs. */
@@ -298,6 +303,28 @@ static void set_cork(struct mqtt *mqtt, int on)
 	setsockopt(mqtt->link->fd, IPPROTO_TCP, TCP_CORK, &on, sizeof on);
 }
 
+static void on_log(struct mosquitto *client, void *context, int level, const char *text);
+
+/* With a log callback the library formats two lines a message, a third of all its instructions. They are listened to,
+ * for the DUP flag, where a message may come again: from each connect on, for what was unacknowledged comes first then
+ * (MQTT 5 §4.4), and after a long hold, for there are brokers that send again on a live connection; in both cases until
+ * a round has none. */
+static void listen_to_log(struct mqtt *mqtt, bool listening)
+{
+	if (mqtt->listening != listening)
+		mosquitto_log_callback_set(mqtt->client, listening ? on_log : NULL);
+	mqtt->listening = listening;
+}
+
+/* The gate opens. */
+static void end_round(struct mqtt *mqtt)
+{
+	if (uv_now(mqtt->loop) - mqtt->held_at >= RESENT_MS)
+		listen_to_log(mqtt, true);
+	else if (mqtt->round_acks && !mqtt->round_repeats)
+		listen_to_log(mqtt, false);
+}
+
 static bool unsent(const struct mqtt *mqtt)
 {
 	return mosquitto_want_write(mqtt->client) && !mqtt->phantom;
@@ -340,6 +367,8 @@ void mqtt_durable(struct mqtt *mqtt, uint64_t generation, size_t count)
 	if (count > mqtt->held)
 		abort(); /* a message counted durable twice could cover for one that is not */
 	mqtt->held -= count;
+	if (mqtt->held == 0)
+		end_round(mqtt);
 	if (mqtt->held != 0 || mqtt->in_burst || mqtt->in_library) /* who called us flushes, and goes on */
 		return;
 	if (!flush(mqtt))
@@ -361,12 +390,6 @@ static void note_publish(struct mqtt *mqtt, const char *text)
 	if (strlen(text) < flags + sizeof "0, q0" || memcmp(text + skip, received, sizeof received - 1) != 0)
 		return;
 	mqtt->duplicate = text[flags] == '1';
-	if (text[flags + strlen("0, q")] == '2' && is_consumer(mqtt))
-		log_repeat(&mqtt->foreign, LOG_LEVEL_WARN, "mqtt",
-		           "%s: the session holds messages of a QoS 2 subscription that another client has made under "
-		           "this client id; "
-		           "a crash now could lose them",
-		           mqtt->name);
 }
 
 /* Loop thread, or the worker of a connect job; then the loop leaves all of this alone. */
@@ -467,6 +490,8 @@ static void on_connect(struct mosquitto *client, void *context, int reason, int 
 	uv_timer_start(&mqtt->keepalive, keepalive_tick, KEEPALIVE_TICK_MS, KEEPALIVE_TICK_MS);
 	log_repeat_end(&mqtt->complaint);
 	log_granted(mqtt, &granted);
+	if (!is_consumer(mqtt))
+		listen_to_log(mqtt, false);
 	if (mqtt->handler.up != NULL && !mqtt->closing)
 		mqtt->handler.up(mqtt->owner, &granted);
 }
@@ -496,6 +521,16 @@ char *mqtt_user_property(const struct mqtt_message *message, const char *name)
 	return NULL;
 }
 
+static void note_round(struct mqtt *mqtt, int qos, bool duplicate)
+{
+	if (mqtt->held == 0) {
+		mqtt->held_at = uv_now(mqtt->loop);
+		mqtt->round_acks = mqtt->round_repeats = false;
+	}
+	mqtt->round_acks = mqtt->round_acks || qos > 0;
+	mqtt->round_repeats = mqtt->round_repeats || duplicate;
+}
+
 static void on_message(struct mosquitto *client, void *context, const struct mosquitto_message *received,
                        const mosquitto_property *properties)
 {
@@ -511,6 +546,12 @@ static void on_message(struct mosquitto *client, void *context, const struct mos
 	}
 	if (!is_consumer(mqtt))
 		return;
+	if (received->qos == 2)
+		log_repeat(&mqtt->foreign, LOG_LEVEL_WARN, "mqtt",
+		           "%s: the session holds messages of a QoS 2 subscription that another client has made under "
+		           "this client id; a crash now could lose them",
+		           mqtt->name);
+	note_round(mqtt, received->qos, duplicate);
 	mqtt->held++;
 	mqtt->messages++;
 	mqtt->queued++; /* its PUBACK */
@@ -720,7 +761,6 @@ static int configure_client(struct mqtt *mqtt)
 	const struct config_mqtt *config = mqtt->config;
 	struct mosquitto *client = mqtt->client;
 	mosquitto_threaded_set(client, true); /* packets leave only in mosquitto_loop_write() */
-	mosquitto_log_callback_set(client, on_log);
 	mosquitto_connect_v5_callback_set(client, on_connect);
 	mosquitto_disconnect_v5_callback_set(client, on_disconnect);
 	mosquitto_message_v5_callback_set(client, on_message);
@@ -859,8 +899,10 @@ static void start_job(struct mqtt *mqtt)
 	mqtt->state = CONNECTING;
 	mqtt->library[0] = 0;
 	mqtt->refusal[0] = 0;
-	if (make_client(mqtt))
+	if (make_client(mqtt)) {
+		listen_to_log(mqtt, true); /* also for what goes wrong */
 		uv_queue_work(mqtt->loop, &mqtt->job, connect_work, connect_done);
+	}
 }
 
 static void connect_timed_out(uv_timer_t *timer);

@@ -5,6 +5,7 @@ And the one order that everything stands on: PUBACK after mongod's answer, seen 
 """
 
 import re
+import struct
 import subprocess
 import time
 
@@ -460,6 +461,62 @@ def test_past_the_hold_limit_the_connection_is_given_up(recorded, collection, en
 def _acknowledged(recorder, connection):
     return [packet for packet in peers.mqtt_packets(recorder.stream("mqtt", connection, "service"))
             if packet.type == peers.PUBACK]
+
+
+# ---- a broker that sends again on a live connection
+
+
+class _Resending(peers.Peer):
+    """A broker as some are (MQTT 5 §4.4 forbids it): what stays unacknowledged it sends again, with DUP, on the same connection.
+    publish() sends from the test; `acknowledged` lists the ids of the PUBACKs."""
+
+    def __init__(self):
+        super().__init__(self._serve)
+        self.acknowledged, self._connection = [], None
+
+    def publish(self, identifier, number, dup=False):
+        topic, payload = b"sensors/a", b'{"n": %d}' % number
+        body = struct.pack(">H", len(topic)) + topic + struct.pack(">H", identifier) + b"\0" + payload
+        self._connection.sendall(bytes([0x3a if dup else 0x32, len(body)]) + body)
+
+    def _serve(self, connection, _ending):
+        with connection.makefile("rb") as stream:
+            while first := stream.read(1):
+                body = stream.read(stream.read(1)[0])  # all are short: one byte of length
+                if first[0] >> 4 == peers.CONNECT:
+                    connection.sendall(CONNACK)
+                elif first[0] >> 4 == peers.SUBSCRIBE:
+                    connection.sendall(b"\x90\x04" + body[:2] + b"\0\x01")
+                    self._connection = connection
+                elif first[0] >> 4 == peers.PUBACK:
+                    self.acknowledged.append(int.from_bytes(body[:2], "big"))
+
+    def wait(self, count):
+        wait_until(lambda: len(self.acknowledged) >= count, 15, lambda: f"{count} PUBACKs, {self.acknowledged} came")
+
+
+def test_what_is_sent_again_on_a_live_connection_says_dup(service, fresh_mongod):
+    """Such a broker, while an insert takes 2 s: the second copy is stored with dup, and what comes after both without."""
+    mongod = fresh_mongod()
+    with _Resending() as broker:
+        running = service(broker=broker, mongod=mongod, settings={"spool.max_size": 0, "mqtt.client_id": "c"})
+        running.wait_log("subscribed to")
+        for number in range(5):  # rounds without DUP: nothing is expected to come again
+            broker.publish(1, number)
+            broker.wait(number + 1)
+        mongod.fail({"times": 1}, ["insert"], blockConnection=True, blockTimeMS=2000, appName="mqtt2mongo")
+        broker.publish(1, 5)
+        wait_until(lambda: running.sums()["consumer"]["in_flight"] == 1, what="it is being stored")
+        time.sleep(1.2)
+        broker.publish(1, 5, dup=True)
+        broker.wait(7)
+        broker.publish(1, 6)
+        broker.wait(8)
+        sums = running.stop()
+    stored = [(document["payload"]["n"], document["dup"])
+              for document in mongod.client().mqtt2mongo.messages.find().sort("received_at", 1)]
+    assert stored == [*((number, False) for number in range(6)), (5, True), (6, False)]
+    assert sums["consumer"]["redelivered"] == 1
 
 
 # ---- a stall over TLS

@@ -342,6 +342,7 @@ def test_a_wrong_database_password(mosquitto, fresh_mongod, service):
     running.wait_log("subscribed to")
     clients.publish(broker.port, 10)
     running.wait_log("authSource")
+    wait_until(lambda: running.sums()["consumer"]["received"] >= 10, what="the messages have come")
     said = [record["message"] for record in running.records if record["level"] == "error"]
     assert len(said) <= 2, "once for asking, once for storing, and not again for every attempt"
     for text in said:
