@@ -186,6 +186,11 @@ static void start_leftover(struct consumer *consumer, const char *client_id)
 {
 	static const struct lane_handler handler = {
 	    .subscribed = ignore_lane, .unsubscribed = ignore_lane, .emptied = on_emptied};
+	struct leftover *leftover = &consumer->leftovers[consumer->leftover_count++];
+	leftover->client_id = memory_string(client_id);
+	leftover->emptied = client_id[0] == 0; /* by whoever wrote the file: no broker has such a session */
+	if (leftover->emptied)
+		return;
 	log_info("consumer", "%s: this session is no longer configured; taking what the broker has queued for it",
 	         client_id);
 	const char **stale = stale_filters(consumer, client_id, NULL);
@@ -195,11 +200,6 @@ static void start_leftover(struct consumer *consumer, const char *client_id)
 	                               .client_id = client_id,
 	                               .stale = stale,
 	                               .name = "session left behind"};
-	struct leftover *leftover = &consumer->leftovers[consumer->leftover_count++];
-	leftover->client_id = memory_string(client_id);
-	leftover->emptied = client_id[0] == 0; /* by whoever wrote the file: no broker has such a session */
-	if (leftover->emptied)
-		return;
 	leftover->lane = lane_create(consumer->loop, &options, &handler, consumer);
 	free(stale);
 	lane_go(leftover->lane);
