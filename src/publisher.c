@@ -240,7 +240,7 @@ static uint64_t choose_seed(const struct config_publisher *config)
 	return seed;
 }
 
-struct publisher *publisher_start(uv_loop_t *loop, const struct config *config, const char *prefix,
+struct publisher *publisher_start(uv_loop_t *loop, const struct config *config, const char *client_prefix,
                                   struct metrics_publisher *counters, const struct publisher_handler *handler,
                                   void *owner)
 {
@@ -257,7 +257,7 @@ struct publisher *publisher_start(uv_loop_t *loop, const struct config *config, 
 	if (config->http.enabled)
 		publisher->published_at = memory_zeroed(IDS, sizeof *publisher->published_at);
 	uv_timer_init(loop, &publisher->timer);
-	char *client_id = memory_format("%s-pub", prefix);
+	char *client_id = memory_format("%s-pub", client_prefix);
 	struct mqtt_options options = {
 	    .config = &config->mqtt, .client_id = client_id, .name = "publisher", .keep_client = true};
 	publisher->mqtt = mqtt_create(loop, &options, &mqtt_handler, publisher);

@@ -28,9 +28,9 @@ struct publisher_handler {
 	void (*done)(void *owner);
 };
 
-/* Connect, with a client id that begins with `client_id`; publishing starts with publisher_go(). `config` and
+/* Connect, with a client id that begins with `client_prefix`; publishing starts with publisher_go(). `config` and
  * `counters` are borrowed until `stopped`. */
-struct publisher *publisher_start(uv_loop_t *loop, const struct config *config, const char *client_id,
+struct publisher *publisher_start(uv_loop_t *loop, const struct config *config, const char *client_prefix,
                                   struct metrics_publisher *counters, const struct publisher_handler *handler,
                                   void *owner);
 
