@@ -128,6 +128,7 @@ size_t batch_count_outcome(const struct batch *batch, enum batch_outcome outcome
 void batch_reset(struct batch *batch)
 {
 	batch->count = 0;
+	batch->losses = 0;
 	buffer_reset(&batch->arena, ARENA_KEPT);
 }
 

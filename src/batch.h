@@ -47,7 +47,7 @@ struct batch_message {
 	bool id_fallback; /* consumer.id wants an _id from the message, which has none; set by the worker */
 	bool settled;     /* durable and counted; set by the loop thread, and then no job touches the message */
 	uint8_t outcome;  /* enum batch_outcome; set by the worker */
-	uint8_t refusals; /* errors of unknown meaning for this document alone; counted by the worker */
+	uint8_t refusals; /* attempts that ended in an error which may be for ever; counted by the worker */
 	uint8_t reason;   /* enum document_reason, when dead-lettered; set by the worker */
 };
 
@@ -58,6 +58,7 @@ struct batch {
 	const char
 	    *route;       /* the topic filter all of them came by; borrowed, or in `route_kept`. NULL: consumer.topic */
 	char *route_kept; /* owned, or NULL; see batch_keep_route() */
+	uint8_t losses;   /* how often the connection to MongoDB was lost while it was written; counted by the worker */
 	bson_context_t *ids; /* makes the ObjectIds, borrowed; NULL: libbson's own, which asks the kernel for the
 	                        process id each time */
 };

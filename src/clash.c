@@ -1,9 +1,9 @@
 /*
  * See clash.h.
  *
- * All _ids are asked for with one find, and the documents found are matched by the bytes of their _id. MongoDB also
- * takes 5, 5.0 and NumberLong(5) for the same _id, and a collection's collation "a" and "A": what has no match by its
- * bytes is asked for alone, so that the server says what is equal.
+ * Each _id is asked for once, all of them with one find, and the documents found are matched by the keys of their _ids
+ * (id_key.h), which know that MongoDB takes 5, 5.0 and NumberLong(5) for the same. A collection's collation may take
+ * more for the same: what has found no match is asked for alone, so that the server says what is equal.
  *
  * Topics and payloads are compared by the bytes of their BSON, which the server keeps as they were written.
  *
@@ -12,7 +12,8 @@
  */
 #include "clash.h"
 
-#include <stdlib.h>
+#include "id_key.h"
+
 #include <string.h>
 
 enum { MAX_TIME_MS = 10000 };
@@ -37,24 +38,11 @@ static struct value value_of(const bson_t *document, const char *name)
 	return value;
 }
 
-static int compare(struct value left, struct value right)
-{
-	if (left.type != right.type)
-		return left.type < right.type ? -1 : 1;
-	if (left.length != right.length)
-		return left.length < right.length ? -1 : 1;
-	return left.length > 0 ? memcmp(left.bytes, right.bytes, left.length) : 0;
-}
-
 static bool is_equal(const bson_t *left, const bson_t *right, const char *name)
 {
-	return compare(value_of(left, name), value_of(right, name)) == 0;
-}
-
-static int compare_ids(const void *left, const void *right)
-{
-	const struct clash *one = left, *other = right;
-	return compare(value_of(one->document, "_id"), value_of(other->document, "_id"));
+	struct value one = value_of(left, name), other = value_of(right, name);
+	return one.type == other.type && one.length == other.length &&
+	       (one.length == 0 || memcmp(one.bytes, other.bytes, one.length) == 0);
 }
 
 static enum clash_answer answer(const bson_t *document, const bson_t *found)
@@ -64,22 +52,12 @@ static enum clash_answer answer(const bson_t *document, const bson_t *found)
 	return is_equal(document, found, "received_at") ? CLASH_SAME_OWN : CLASH_SAME;
 }
 
-/* The first of the sorted clashes with the _id of `found`, or NULL. */
-static struct clash *first_match(struct clash *clashes, size_t count, const bson_t *found)
-{
-	struct clash key = {.document = found};
-	struct clash *match = bsearch(&key, clashes, count, sizeof *clashes, compare_ids);
-	while (match != NULL && match > clashes && compare_ids(match - 1, &key) == 0)
-		match--;
-	return match;
-}
-
 /* Several messages with one _id: one of them at most is the very document. */
-static void answer_all(struct clash *clash, const struct clash *end, const bson_t *found)
+static void answer_all(struct clash *clashes, const struct id_key_entry *entries, size_t count, const bson_t *found)
 {
-	struct clash key = {.document = found};
 	bool own = false;
-	for (; clash != end && compare_ids(clash, &key) == 0; clash++) {
+	for (size_t i = 0; i < count; i++) {
+		struct clash *clash = &clashes[entries[i].owner];
 		clash->answer = answer(clash->document, found);
 		if (clash->answer == CLASH_SAME_OWN && own)
 			clash->answer = CLASH_SAME;
@@ -110,32 +88,37 @@ static mongoc_cursor_t *find(mongoc_collection_t *collection, const mongoc_write
 	return cursor;
 }
 
-static bool ask_for_all(mongoc_collection_t *collection, const mongoc_write_concern_t *concern, struct clash *clashes,
-                        size_t count, bson_error_t *error)
+/* { _id: { $in: [ … ] } }, each once. */
+static void list_ids(bson_t *filter, const struct clash *clashes, const struct id_key_set *ids)
 {
-	bson_t filter, id, in;
-	const bson_t *found;
-	bson_init(&filter);
-	BSON_APPEND_DOCUMENT_BEGIN(&filter, "_id", &id);
-	BSON_APPEND_ARRAY_BEGIN(&id, "$in", &in);
+	bson_t id, in;
 	uint32_t listed = 0;
-	for (size_t i = 0; i < count; i++) {
+	BSON_APPEND_DOCUMENT_BEGIN(filter, "_id", &id);
+	BSON_APPEND_ARRAY_BEGIN(&id, "$in", &in);
+	for (size_t i = 0; i < ids->count; i += id_key_set_run(ids, i)) {
 		bson_iter_t iter;
 		char space[16];
 		const char *key;
-		if (i > 0 && compare_ids(&clashes[i - 1], &clashes[i]) == 0)
-			continue;
 		bson_uint32_to_string(listed++, &key, space, sizeof space);
-		if (bson_iter_init_find(&iter, clashes[i].document, "_id"))
+		if (bson_iter_init_find(&iter, clashes[ids->entries[i].owner].document, "_id"))
 			bson_append_iter(&in, key, -1, &iter);
 	}
 	bson_append_array_end(&id, &in);
-	bson_append_document_end(&filter, &id);
+	bson_append_document_end(filter, &id);
+}
+
+static bool ask_for_all(mongoc_collection_t *collection, const mongoc_write_concern_t *concern, struct clash *clashes,
+                        const struct id_key_set *ids, bson_error_t *error)
+{
+	bson_t filter;
+	const bson_t *found;
+	bson_init(&filter);
+	list_ids(&filter, clashes, ids);
 	mongoc_cursor_t *cursor = find(collection, concern, &filter);
 	while (mongoc_cursor_next(cursor, &found)) {
-		struct clash *match = first_match(clashes, count, found);
-		if (match != NULL)
-			answer_all(match, clashes + count, found);
+		const struct id_key_entry *entries;
+		size_t count = id_key_set_find(ids, found, &entries);
+		answer_all(clashes, entries, count, found);
 	}
 	bool failed = mongoc_cursor_error(cursor, error);
 	mongoc_cursor_destroy(cursor);
@@ -143,18 +126,18 @@ static bool ask_for_all(mongoc_collection_t *collection, const mongoc_write_conc
 	return !failed;
 }
 
-static bool ask_for_one(mongoc_collection_t *collection, const mongoc_write_concern_t *concern, struct clash *clash,
-                        bson_error_t *error)
+static bool ask_for_one(mongoc_collection_t *collection, const mongoc_write_concern_t *concern, struct clash *clashes,
+                        const struct id_key_entry *entries, size_t count, bson_error_t *error)
 {
 	bson_t filter;
 	bson_iter_t iter;
 	const bson_t *found;
 	bson_init(&filter);
-	if (bson_iter_init_find(&iter, clash->document, "_id"))
+	if (bson_iter_init_find(&iter, clashes[entries->owner].document, "_id"))
 		bson_append_iter(&filter, "_id", -1, &iter);
 	mongoc_cursor_t *cursor = find(collection, concern, &filter);
 	if (mongoc_cursor_next(cursor, &found))
-		clash->answer = answer(clash->document, found);
+		answer_all(clashes, entries, count, found);
 	bool failed = mongoc_cursor_error(cursor, error);
 	mongoc_cursor_destroy(cursor);
 	bson_destroy(&filter);
@@ -164,13 +147,18 @@ static bool ask_for_one(mongoc_collection_t *collection, const mongoc_write_conc
 bool clash_look_up(mongoc_collection_t *collection, const mongoc_write_concern_t *concern, struct clash *clashes,
                    size_t count, bson_error_t *error)
 {
-	for (size_t i = 0; i < count; i++)
+	struct id_key_set ids = {0};
+	for (size_t i = 0; i < count; i++) {
 		clashes[i].answer = CLASH_GONE;
-	qsort(clashes, count, sizeof *clashes, compare_ids);
-	if (!ask_for_all(collection, concern, clashes, count, error))
-		return false;
-	for (size_t i = 0; i < count; i++)
-		if (clashes[i].answer == CLASH_GONE && !ask_for_one(collection, concern, &clashes[i], error))
-			return false;
-	return true;
+		id_key_set_add(&ids, clashes[i].document, i);
+	}
+	id_key_set_sort(&ids);
+	bool told = ask_for_all(collection, concern, clashes, &ids, error);
+	for (size_t i = 0, run; i < ids.count && told; i += run) {
+		run = id_key_set_run(&ids, i);
+		if (clashes[ids.entries[i].owner].answer == CLASH_GONE)
+			told = ask_for_one(collection, concern, clashes, &ids.entries[i], run, error);
+	}
+	id_key_set_finish(&ids);
+	return told;
 }

@@ -1,6 +1,6 @@
 /*
  * Messages whose _id, made from the message itself, is in the collection already: is it the same message, delivered
- * twice, or another one? Used by store.c, in workers.
+ * twice, or another one? Used by insert.c, in workers.
  */
 #ifndef MQTT2MONGO_CLASH_H
 #define MQTT2MONGO_CLASH_H
@@ -24,7 +24,7 @@ struct clash {
 
 /*
  * Look up what is stored under the _ids of these documents and fill in the answers. What is found is as durable as a
- * write with `concern` would be. The order of `clashes` changes. False, with `error`, when MongoDB did not answer; then
+ * write with `concern` would be. False, with `error`, when MongoDB did not answer; then
  * no answer may be believed. Blocks up to the driver's time-outs.
  */
 bool clash_look_up(mongoc_collection_t *collection, const mongoc_write_concern_t *concern, struct clash *clashes,

@@ -1,19 +1,10 @@
-/*
- * See store.h.
- *
- * A batch is written in chunks of bounded bytes, so that a few messages whose BSON is six times their JSON do not pile
- * up in memory (the driver copies what it sends). A chunk is durable message by message: the driver's reply lists the
- * inserts and the errors with their index, and only when both together account for every document, and no write concern
- * error is among them, is any of it believed. Everything else stays open for another attempt with the same _ids, where
- * an earlier success shows as a duplicate key on _id. Where consumer.id makes the _id from the message, such an error
- * says less: clash.h finds out what is stored there.
- */
+/* See store.h. What is written, and what MongoDB's replies mean, is in insert.c. */
 #include "store.h"
 
-#include "clash.h"
-#include "document.h"
+#include "insert.h"
 #include "log.h"
 #include "memory.h"
+#include "mongodb_error.h"
 
 #include <mongoc/mongoc.h>
 #include <pthread.h>
@@ -22,17 +13,10 @@
 #include <string.h>
 
 enum {
-	CHUNK_BYTES = 4 * 1024 * 1024, /* far below the driver's 48 MB per wire message */
-	CHUNK_KEPT = 2 * 1024 * 1024,
-	LARGE_BYTES = 64 * 1024,
-	GROWTH_MOST = 7,            /* BSON of JSON such as [1,1,1,…] */
 	SERVER_SELECTION_MS = 3000, /* at most two of them in a row, when it stops without MongoDB */
 	CONNECT_MS = 5000,
 	SOCKET_MS = 20000,
 	ERROR_API = 2,
-	REFUSALS_MOST = 4, /* attempts with an unknown error for one document */
-	GONE_MOST = 8,     /* attempts that find an _id taken, but no document with it */
-	CONFLICT_TEXT = 1000,
 };
 
 struct store {
@@ -43,114 +27,9 @@ struct store {
 	mongoc_client_pool_t *pool; /* NULL until its name has been resolved (mongodb+srv) */
 };
 
-/* Documents waiting for one insert, back to back, and the message each came from. */
-struct chunk {
-	struct buffer bytes;
-	size_t *starts;   /* of the documents; starts[count] is the end */
-	size_t *messages; /* index in the batch */
-	size_t count, capacity;
-};
-
 struct store_scratch {
-	struct chunk stored, dead;
-	struct clash *clashes; /* of one reply */
-	size_t clash_count, clash_capacity;
+	struct insert_scratch insert;
 };
-
-/* One store_write() under way. */
-struct write {
-	struct store *store;
-	struct store_scratch *scratch;
-	struct batch *batch;
-	struct store_report *report;
-	mongoc_client_t *client;
-	mongoc_collection_t *stored, *dead;
-};
-
-/* ---- error classes ---- */
-
-static bool one_of(int code, const int *codes)
-{
-	for (; *codes != 0; codes++)
-		if (*codes == code)
-			return true;
-	return false;
-}
-
-/* Server error codes that another attempt may not meet: the network, elections, shutdowns, time-outs, conflicts, full
- * disks and memory, interruptions, drops and migrations under way, a hosted service's rate limit (16500). From
- * MongoDB's error_codes.yml. */
-static bool is_transient(int code)
-{
-	static const int codes[] = {
-	    1,   6,   7,   8,   24,   39,    46,    50,    63,    64,    70,    71,    74,    82,    83,    89,  90,
-	    91,  100, 112, 117, 133,  134,   145,   146,   149,   150,   172,   189,   199,   202,   203,   215, 216,
-	    225, 226, 227, 237, 239,  246,   249,   250,   251,   256,   262,   264,   267,   272,   279,   281, 282,
-	    290, 314, 317, 319, 338,  342,   343,   355,   358,   363,   365,   371,   384,   388,   402,   406, 407,
-	    412, 414, 433, 449, 9001, 10058, 10107, 11600, 11601, 11602, 13388, 13435, 13436, 14031, 16500, 0};
-	return one_of(code, codes);
-}
-
-/* Unauthorized, AuthenticationFailed, InvalidNamespace, UnknownReplWriteConcern, a view, a hosted service's login; for
- * a command as a whole also BadValue and FailedToParse, which are about its write concern. */
-static bool is_configuration(uint32_t domain, int code)
-{
-	static const int codes[] = {2, 9, 11, 13, 18, 20, 26, 31, 48, 72, 73, 79, 166, 167, 242, 391, 8000, 13297, 0};
-	return (domain == MONGOC_ERROR_CLIENT && code == MONGOC_ERROR_CLIENT_AUTHENTICATE) ||
-	       ((domain == MONGOC_ERROR_SERVER || domain == MONGOC_ERROR_WRITE_CONCERN) && one_of(code, codes));
-}
-
-/* Of write concern errors: too few members confirm in time, or there never can be enough. The others are elections and
- * shutdowns, which only interrupted the waiting. */
-static bool is_unmet(int code)
-{
-	static const int codes[] = {2, 9, 64, 79, 100, 0};
-	return one_of(code, codes);
-}
-
-static const char *remedy(uint32_t domain, int code)
-{
-	if ((domain == MONGOC_ERROR_CLIENT && code == MONGOC_ERROR_CLIENT_AUTHENTICATE) ||
-	    (domain == MONGOC_ERROR_SERVER && (code == 18 || code == 8000)))
-		return "; check user name, password and authSource in mongodb.uri";
-	if (domain == MONGOC_ERROR_SERVER && code == 13)
-		return "; the user of mongodb.uri needs the role readWrite on mongodb.database";
-	if ((domain == MONGOC_ERROR_WRITE_CONCERN && is_unmet(code)) ||
-	    (domain == MONGOC_ERROR_SERVER && (code == 2 || code == 9 || code == 79 || code == 100)))
-		return "; check mongodb.write_concern.w against the replica set and its members";
-	if (domain == MONGOC_ERROR_SERVER_SELECTION)
-		return "; is mongod running, and is mongodb.uri right?";
-	return "";
-}
-
-/* The same cause is to give the same text whichever call met it, so that the log can leave repetitions out. */
-static const char *describe(uint32_t domain, const char *what)
-{
-	if (domain == MONGOC_ERROR_SERVER_SELECTION || domain == MONGOC_ERROR_STREAM)
-		return "MongoDB does not answer";
-	if (domain == MONGOC_ERROR_CLIENT)
-		return "MongoDB does not let us in";
-	return what;
-}
-
-/* "not authorized on plant to execute command { insert: …, $clusterTime: … }": the command differs each time. */
-static int without_command(const char *message)
-{
-	const char *command = strstr(message, " to execute command {");
-	return command != NULL ? (int)(command - message) : (int)strlen(message);
-}
-
-static void report_error(struct store_report *report, const bson_error_t *error, const char *what)
-{
-	enum store_class class =
-	    is_configuration(error->domain, (int)error->code) ? STORE_CONFIGURATION : STORE_TRANSIENT;
-	if (class < report->class)
-		return;
-	report->class = class;
-	snprintf(report->message, sizeof report->message, "%s: %.*s (%u)%s", describe(error->domain, what),
-	         without_command(error->message), error->message, (unsigned)error->code,
-	         remedy(error->domain, (int)error->code));
-}
 
 /* ---- connecting ---- */
 
@@ -262,14 +141,7 @@ static mongoc_client_t *borrow_client(struct store *store, struct store_report *
 	return NULL;
 }
 
-/* ---- chunks ---- */
-
-static void chunk_finish(struct chunk *chunk)
-{
-	buffer_finish(&chunk->bytes);
-	free(chunk->starts);
-	free(chunk->messages);
-}
+/* ---- writing ---- */
 
 struct store_scratch *store_scratch_create(void)
 {
@@ -280,453 +152,8 @@ void store_scratch_destroy(struct store_scratch *scratch)
 {
 	if (scratch == NULL)
 		return;
-	chunk_finish(&scratch->stored);
-	chunk_finish(&scratch->dead);
-	free(scratch->clashes);
+	insert_scratch_finish(&scratch->insert);
 	free(scratch);
-}
-
-static void chunk_reserve(struct chunk *chunk)
-{
-	if (chunk->count + 1 < chunk->capacity)
-		return;
-	chunk->capacity = chunk->capacity ? chunk->capacity * 2 : 64;
-	chunk->starts = memory_resize(chunk->starts, chunk->capacity * sizeof *chunk->starts);
-	chunk->messages = memory_resize(chunk->messages, chunk->capacity * sizeof *chunk->messages);
-}
-
-/* The bytes appended since the last document are the one of `message`. */
-static void chunk_add(struct chunk *chunk, size_t start, size_t message)
-{
-	chunk_reserve(chunk);
-	chunk->starts[chunk->count] = start;
-	chunk->messages[chunk->count++] = message;
-	chunk->starts[chunk->count] = chunk->bytes.length;
-}
-
-static void chunk_clear(struct chunk *chunk)
-{
-	chunk->count = 0;
-	buffer_reset(&chunk->bytes, CHUNK_KEPT);
-}
-
-/* ---- inserting ---- */
-
-static void settle(struct write *write, size_t message, enum batch_outcome outcome, enum document_reason reason)
-{
-	write->batch->messages[message].outcome = (uint8_t)outcome;
-	write->batch->messages[message].reason = (uint8_t)reason;
-}
-
-static void flush_chunk(struct write *write, struct chunk *chunk);
-
-/* Put the dead letter of a message behind the others. */
-static void bury(struct write *write, size_t message, const struct document_fault *fault)
-{
-	struct chunk *dead = &write->scratch->dead;
-	size_t start = dead->bytes.length;
-	if (start > CHUNK_BYTES) {
-		flush_chunk(write, dead);
-		start = 0;
-	}
-	write->batch->messages[message].reason = (uint8_t)fault->reason;
-	document_dead_letter(write->batch, &write->batch->messages[message], fault,
-	                     write->batch->route != NULL ? write->batch->route : write->store->config->consumer.topic,
-	                     &dead->bytes);
-	chunk_add(dead, start, message);
-}
-
-/* MongoDB will never take this document. A dead letter it does not take stays open: somebody must look at that
- * collection. */
-static void refuse(struct write *write, const struct chunk *chunk, size_t index, enum document_reason reason,
-                   const char *text)
-{
-	if (chunk == &write->scratch->dead) {
-		write->report->class = STORE_CONFIGURATION;
-		snprintf(write->report->message, sizeof write->report->message,
-		         "MongoDB refuses a dead letter: %s; has the collection consumer.dead_letter a validator or "
-		         "unique index?",
-		         text);
-		return;
-	}
-	struct document_fault fault = {.reason = reason, .message = text};
-	bury(write, chunk->messages[index], &fault);
-}
-
-static void settle_inserted(struct write *write, const struct chunk *chunk, size_t index)
-{
-	size_t message = chunk->messages[index];
-	bool dead = chunk == &write->scratch->dead;
-	settle(write, message, dead ? BATCH_DEAD_LETTERED : BATCH_STORED, write->batch->messages[message].reason);
-}
-
-struct write_error {
-	int32_t index, code;
-	const char *message;
-	bool on_id; /* a duplicate key on _id, not on another unique index */
-};
-
-static bool names_id(const bson_iter_t *pattern)
-{
-	bson_iter_t key;
-	return bson_iter_recurse(pattern, &key) && bson_iter_next(&key) && strcmp(bson_iter_key(&key), "_id") == 0 &&
-	       !bson_iter_next(&key);
-}
-
-static struct write_error read_write_error(const bson_iter_t *entry)
-{
-	struct write_error error = {.index = -1, .message = ""};
-	bson_iter_t field;
-	if (!BSON_ITER_HOLDS_DOCUMENT(entry) || !bson_iter_recurse(entry, &field))
-		return error;
-	bool pattern_seen = false;
-	while (bson_iter_next(&field)) {
-		const char *key = bson_iter_key(&field);
-		if (strcmp(key, "index") == 0) {
-			error.index = (int32_t)bson_iter_as_int64(&field);
-		} else if (strcmp(key, "code") == 0) {
-			error.code = (int32_t)bson_iter_as_int64(&field);
-		} else if (strcmp(key, "errmsg") == 0 && BSON_ITER_HOLDS_UTF8(&field)) {
-			error.message = bson_iter_utf8(&field, NULL);
-		} else if (strcmp(key, "keyPattern") == 0 && BSON_ITER_HOLDS_DOCUMENT(&field)) {
-			pattern_seen = true;
-			error.on_id = names_id(&field);
-		}
-	}
-	if (!pattern_seen)
-		error.on_id = strstr(error.message, "index: _id_ ") != NULL;
-	return error;
-}
-
-static size_t array_length(const bson_t *reply, const char *name)
-{
-	bson_iter_t iter, entry;
-	size_t length = 0;
-	if (bson_iter_init_find(&iter, reply, name) && BSON_ITER_HOLDS_ARRAY(&iter) && bson_iter_recurse(&iter, &entry))
-		while (bson_iter_next(&entry))
-			length++;
-	return length;
-}
-
-/* The reply accounts for every document, and its write concern was met. */
-static bool is_complete(const bson_t *reply, size_t count)
-{
-	bson_iter_t iter;
-	int64_t inserted = 0;
-	if (bson_iter_init_find(&iter, reply, "insertedCount"))
-		inserted = bson_iter_as_int64(&iter);
-	return (uint64_t)inserted + array_length(reply, "writeErrors") == count &&
-	       array_length(reply, "writeConcernErrors") == 0 && !bson_has_field(reply, "writeConcernError");
-}
-
-/* Codes that say what is wrong with this document: its values, its form, an index or a validator it does not fit. Those
- * of five digits are assertions of the code that looked at it. */
-static bool is_about_document(int code)
-{
-	static const int codes[] = {2,  9,  14, 15,  16,  17,  22,  28,  52,  53,  54,  55,  56,
-	                            57, 61, 66, 111, 116, 121, 153, 171, 201, 241, 357, 378, 0};
-	return one_of(code, codes) ||
-	       (code >= 10000 && !is_transient(code) && !is_configuration(MONGOC_ERROR_SERVER, code));
-}
-
-/* A code nobody has listed may be about the document as well: it gets a few attempts, and is then taken for that. A
- * dead letter keeps every byte, while a document that is tried for ever would stop all others. */
-static bool is_given_up(struct batch_message *message, int code)
-{
-	if (is_transient(code) || is_configuration(MONGOC_ERROR_SERVER, code))
-		return false;
-	return ++message->refusals >= REFUSALS_MOST;
-}
-
-/* ---- an _id that is taken ---- */
-
-static void add_clash(struct write *write, size_t index, const bson_t *document)
-{
-	struct store_scratch *scratch = write->scratch;
-	if (scratch->clash_count == scratch->clash_capacity) {
-		scratch->clash_capacity = scratch->clash_capacity ? scratch->clash_capacity * 2 : 64;
-		scratch->clashes = memory_resize(scratch->clashes, scratch->clash_capacity * sizeof *scratch->clashes);
-	}
-	scratch->clashes[scratch->clash_count++] = (struct clash){.index = index, .document = document};
-}
-
-/* Another message has the _id: its place is taken for good. */
-static void refuse_conflict(struct write *write, const struct chunk *chunk, const struct clash *clash, const char *what)
-{
-	bson_t id;
-	bson_iter_t iter;
-	char message[CONFLICT_TEXT];
-	bson_init(&id);
-	if (bson_iter_init_find(&iter, clash->document, "_id"))
-		bson_append_iter(&id, "_id", -1, &iter);
-	char *text = bson_as_relaxed_extended_json(&id, NULL);
-	snprintf(message, sizeof message, "%s: %s", what, text != NULL ? text : "");
-	bson_free(text);
-	bson_destroy(&id);
-	refuse(write, chunk, clash->index, DOCUMENT_ID_CONFLICT, message);
-}
-
-/* The bytes of the first element of a document, which is its _id. */
-static const uint8_t *id_bytes(const bson_t *document, size_t *length)
-{
-	bson_iter_t iter;
-	if (!bson_iter_init(&iter, document) || !bson_iter_next(&iter))
-		abort(); /* we wrote it */
-	*length = iter.next_off - iter.off;
-	return iter.raw + iter.off;
-}
-
-/* A message that is received twice within a millisecond can be told from its double only by this: of those that are
- * written together one is the stored one. */
-static bool is_claimed(const struct write *write, const struct chunk *chunk, const struct clash *clash)
-{
-	size_t length, other_length;
-	const uint8_t *id = id_bytes(clash->document, &length);
-	for (size_t i = 0; i < chunk->count; i++) {
-		bson_t other;
-		if (i == clash->index || write->batch->messages[chunk->messages[i]].outcome != BATCH_STORED ||
-		    !bson_init_static(&other, chunk->bytes.data + chunk->starts[i],
-		                      chunk->starts[i + 1] - chunk->starts[i]))
-			continue;
-		const uint8_t *other_id = id_bytes(&other, &other_length);
-		if (other_length == length && memcmp(other_id, id, length) == 0)
-			return true;
-	}
-	return false;
-}
-
-static void settle_clash(struct write *write, const struct chunk *chunk, const struct clash *clash)
-{
-	size_t index = chunk->messages[clash->index];
-	struct batch_message *message = &write->batch->messages[index];
-	switch (clash->answer) {
-	case CLASH_SAME_OWN:
-		settle(write, index,
-		       message->tried && !is_claimed(write, chunk, clash) ? BATCH_STORED : BATCH_DUPLICATE,
-		       message->reason);
-		break;
-	case CLASH_SAME:
-		settle(write, index, BATCH_DUPLICATE, message->reason);
-		break;
-	case CLASH_OTHER:
-		refuse_conflict(write, chunk, clash, "another message is stored under this _id");
-		break;
-	case CLASH_GONE:
-		if (++message->refusals >= GONE_MOST) { /* an orphan of a shard, for one */
-			refuse_conflict(write, chunk, clash, "this _id is taken by a document that cannot be read");
-			break;
-		}
-		bson_error_t open = {.domain = MONGOC_ERROR_SERVER, .code = 11000};
-		snprintf(open.message, sizeof open.message,
-		         "its _id is taken, but the document that has it was deleted meanwhile or cannot be read");
-		report_error(write->report, &open, "MongoDB did not store a document");
-		break;
-	}
-}
-
-static void settle_clashes(struct write *write, const struct chunk *chunk)
-{
-	struct store_scratch *scratch = write->scratch;
-	size_t count = scratch->clash_count;
-	bson_error_t error = {0};
-	scratch->clash_count = 0; /* a dead letter may lead to another reply */
-	if (count == 0)
-		return;
-	if (!clash_look_up(write->stored, write->store->write_concern, scratch->clashes, count, &error)) {
-		report_error(write->report, &error, "cannot read what is stored under an _id that is taken");
-		return;
-	}
-	for (size_t i = 0; i < count; i++)
-		settle_clash(write, chunk, &scratch->clashes[i]);
-}
-
-static void settle_error(struct write *write, const struct chunk *chunk, size_t index, const bson_t *document,
-                         const struct write_error *error)
-{
-	struct batch_message *message = &write->batch->messages[chunk->messages[index]];
-	if (error->code == 11000 && error->on_id && !document_has_object_id(bson_get_data(document))) {
-		add_clash(write, index, document);
-	} else if (error->code == 11000 && error->on_id) {
-		settle_inserted(write, chunk, index); /* our own earlier attempt: the _id was made by us */
-	} else if (is_about_document(error->code) || is_given_up(message, error->code)) {
-		refuse(write, chunk, index, error->code == 11000 ? DOCUMENT_UNIQUE_INDEX : DOCUMENT_REFUSED,
-		       error->message);
-	} else {
-		bson_error_t open = {.domain = MONGOC_ERROR_SERVER, .code = (uint32_t)error->code};
-		snprintf(open.message, sizeof open.message, "%s", error->message);
-		report_error(write->report, &open, "MongoDB did not store a document");
-	}
-}
-
-static void settle_reply(struct write *write, const struct chunk *chunk, const bson_t **documents, size_t first,
-                         size_t count, const bson_t *reply)
-{
-	bool *failed = memory_zeroed(count, sizeof *failed);
-	bson_iter_t iter, entry;
-	if (bson_iter_init_find(&iter, reply, "writeErrors") && bson_iter_recurse(&iter, &entry)) {
-		while (bson_iter_next(&entry)) {
-			struct write_error error = read_write_error(&entry);
-			if (error.index < 0 || (size_t)error.index >= count || failed[error.index])
-				continue;
-			failed[error.index] = true;
-			settle_error(write, chunk, first + (size_t)error.index, documents[first + (size_t)error.index],
-			             &error);
-		}
-	}
-	for (size_t i = 0; i < count; i++)
-		if (!failed[i])
-			settle_inserted(write, chunk, first + i);
-	free(failed);
-	settle_clashes(write, chunk);
-}
-
-/* An error for the call as a whole that one document may have caused, by its size or its form: find it by halves. */
-static bool may_hide_one_document(const bson_error_t *error)
-{
-	static const int sizes[] = {10334, 17280, 17419, 17420, 0};
-	if (error->domain == MONGOC_ERROR_BSON)
-		return true;
-	if (error->domain == MONGOC_ERROR_COMMAND && error->code == MONGOC_ERROR_COMMAND_INVALID_ARG)
-		return true;
-	return error->domain == MONGOC_ERROR_SERVER && one_of((int)error->code, sizes);
-}
-
-/* The first write concern error of a reply, if there is one: written, but not where the promise wants it. */
-static bool find_write_concern_error(const bson_t *reply, bson_error_t *error)
-{
-	bson_iter_t iter, entry, field;
-	if (!bson_iter_init_find(&iter, reply, "writeConcernErrors") || !bson_iter_recurse(&iter, &entry) ||
-	    !bson_iter_next(&entry) || !bson_iter_recurse(&entry, &field))
-		return false;
-	*error = (bson_error_t){.domain = MONGOC_ERROR_WRITE_CONCERN};
-	while (bson_iter_next(&field)) {
-		if (strcmp(bson_iter_key(&field), "code") == 0)
-			error->code = (uint32_t)bson_iter_as_int64(&field);
-		else if (strcmp(bson_iter_key(&field), "errmsg") == 0 && BSON_ITER_HOLDS_UTF8(&field))
-			snprintf(error->message, sizeof error->message, "%s", bson_iter_utf8(&field, NULL));
-	}
-	return true;
-}
-
-static void insert_range(struct write *write, struct chunk *chunk, const bson_t **documents, size_t first,
-                         size_t count);
-
-/* The call failed as a whole, or its write concern did: nothing of it is believed. */
-static void settle_failure(struct write *write, struct chunk *chunk, const bson_t **documents, size_t first,
-                           size_t count, const bson_t *reply, bson_error_t *error)
-{
-	bool about_one = !find_write_concern_error(reply, error) && may_hide_one_document(error);
-	write->report->away = write->report->away || !about_one;
-	if (error->domain == MONGOC_ERROR_WRITE_CONCERN) {
-		report_error(write->report, error,
-		             is_unmet((int)error->code) ? "cannot store in MongoDB as mongodb.write_concern.w wants it"
-		                                        : "MongoDB did not confirm a write");
-	} else if (!about_one) {
-		if (error->domain == 0)
-			snprintf(error->message, sizeof error->message,
-			         "its answer does not account for every document");
-		report_error(write->report, error, "cannot store in MongoDB");
-	} else if (count == 1) {
-		refuse(write, chunk, first, DOCUMENT_REFUSED, error->message);
-	} else {
-		insert_range(write, chunk, documents, first, count / 2);
-		if (write->report->class == STORE_OK)
-			insert_range(write, chunk, documents, first + count / 2, count - count / 2);
-	}
-}
-
-static void insert_range(struct write *write, struct chunk *chunk, const bson_t **documents, size_t first, size_t count)
-{
-	mongoc_collection_t *collection = chunk == &write->scratch->dead ? write->dead : write->stored;
-	bson_t options, reply;
-	bson_error_t error = {0};
-	bson_init(&options);
-	BSON_APPEND_BOOL(&options, "ordered", false);
-	BSON_APPEND_BOOL(&options, "validate", false);
-	mongoc_collection_insert_many(collection, documents + first, count, &options, &reply, &error);
-	bson_destroy(&options);
-	if (is_complete(&reply, count))
-		settle_reply(write, chunk, documents, first, count, &reply);
-	else
-		settle_failure(write, chunk, documents, first, count, &reply, &error);
-	bson_destroy(&reply);
-}
-
-static void insert_chunk(struct write *write, struct chunk *chunk)
-{
-	/* bson_t asks for more alignment than malloc() gives */
-	bson_t *documents = memory_aligned(_Alignof(bson_t), chunk->count * sizeof *documents);
-	const bson_t **pointers = memory_zeroed(chunk->count, sizeof(const bson_t *));
-	for (size_t i = 0; i < chunk->count; i++) {
-		size_t length = chunk->starts[i + 1] - chunk->starts[i];
-		if (!bson_init_static(&documents[i], chunk->bytes.data + chunk->starts[i], length))
-			abort(); /* we wrote it */
-		pointers[i] = &documents[i];
-	}
-	insert_range(write, chunk, pointers, 0, chunk->count);
-	free(pointers);
-	free(documents);
-}
-
-static void flush_chunk(struct write *write, struct chunk *chunk)
-{
-	/* After a failure that is not about documents the rest of the batch would only wait for the same time-out. */
-	if (chunk->count > 0 && write->report->class == STORE_OK)
-		insert_chunk(write, chunk);
-	chunk_clear(chunk);
-}
-
-static void add_message(struct write *write, size_t index)
-{
-	struct chunk *chunk = &write->scratch->stored;
-	struct batch_message *message = &write->batch->messages[index];
-	const struct id_rule *rule = &write->store->config->consumer.id;
-	struct document_fault fault;
-	/* Before it grows: two large documents in one buffer, and what the driver copies of them, add up for each
-	 * worker. */
-	if (chunk->count > 0 && message->payload_length >= LARGE_BYTES &&
-	    chunk->bytes.length + (size_t)message->payload_length * GROWTH_MOST > CHUNK_BYTES)
-		flush_chunk(write, chunk);
-	size_t start = chunk->bytes.length;
-	if (!document_build(write->batch, message, rule, &chunk->bytes, &fault)) {
-		bury(write, index, &fault);
-		return;
-	}
-	message->id_fallback = rule->count > 0 && document_has_object_id(chunk->bytes.data + start);
-	if (chunk->bytes.length > CHUNK_BYTES && chunk->count > 0) {
-		/* Send what stood before; the new document moves to the front. */
-		size_t length = chunk->bytes.length - start;
-		struct buffer kept = {0};
-		buffer_append(&kept, chunk->bytes.data + start, length);
-		chunk->bytes.length = start;
-		flush_chunk(write, chunk);
-		buffer_finish(&chunk->bytes);
-		chunk->bytes = kept;
-		start = 0;
-	}
-	chunk_add(chunk, start, index);
-}
-
-static mongoc_collection_t *open_collection(struct write *write, const char *name)
-{
-	mongoc_collection_t *collection =
-	    mongoc_client_get_collection(write->client, write->store->config->mongodb.database, name);
-	mongoc_collection_set_write_concern(collection, write->store->write_concern);
-	return collection;
-}
-
-static void write_batch(struct write *write)
-{
-	const struct config_consumer *config = &write->store->config->consumer;
-	write->stored = open_collection(write, config->collection);
-	write->dead = open_collection(write, config->dead_letter);
-	for (size_t i = 0; i < write->batch->count; i++)
-		if (write->batch->messages[i].outcome == BATCH_OPEN)
-			add_message(write, i);
-	flush_chunk(write, &write->scratch->stored);
-	flush_chunk(write, &write->scratch->dead);
-	mongoc_collection_destroy(write->stored);
-	mongoc_collection_destroy(write->dead);
 }
 
 /* The next attempt may meet what this one has written without our hearing of it. */
@@ -746,11 +173,11 @@ static size_t mark_tried(struct batch *batch)
 void store_write(struct store *store, struct store_scratch *scratch, struct batch *batch, struct store_report *report)
 {
 	*report = (struct store_report){0};
-	struct write write = {.store = store, .scratch = scratch, .batch = batch, .report = report};
-	write.client = borrow_client(store, report);
-	if (write.client != NULL) {
-		write_batch(&write);
-		mongoc_client_pool_push(store->pool, write.client);
+	struct insert_target target = {.write_concern = store->write_concern, .config = store->config};
+	target.client = borrow_client(store, report);
+	if (target.client != NULL) {
+		insert_batch(&target, &scratch->insert, batch, report);
+		mongoc_client_pool_push(store->pool, target.client);
 	}
 	report->open = mark_tried(batch);
 	if (report->open > 0 && report->class == STORE_OK)
@@ -791,7 +218,7 @@ static void delete_selected(struct store *store, const bson_t *selector, struct 
 	    mongoc_client_get_collection(client, store->config->mongodb.database, store->config->consumer.dead_letter);
 	mongoc_collection_set_write_concern(letters, store->write_concern);
 	if (!mongoc_collection_delete_many(letters, selector, NULL, &reply, &error))
-		report_error(report, &error, "cannot delete dead letters");
+		store_report_error(report, &error, "cannot delete dead letters", NULL);
 	bson_destroy(&reply);
 	mongoc_collection_destroy(letters);
 	mongoc_client_pool_push(store->pool, client);
@@ -812,14 +239,14 @@ bool store_delete_dead_letters(struct store *store, const struct batch *batch, s
 /* What the server says about a query is about the query or our rights, unless another attempt may do better. */
 static void report_query(struct store_report *report, const bson_error_t *error)
 {
-	if (error->domain != MONGOC_ERROR_SERVER || is_transient((int)error->code)) {
-		report_error(report, error, "cannot read from MongoDB");
+	if (error->domain != MONGOC_ERROR_SERVER || mongodb_is_transient((int)error->code)) {
+		store_report_error(report, error, "cannot read from MongoDB", NULL);
 		return;
 	}
 	report->class = STORE_CONFIGURATION;
 	snprintf(report->message, sizeof report->message, "MongoDB refuses the query: %.*s (%u)%s",
-	         without_command(error->message), error->message, (unsigned)error->code,
-	         error->code == 13 ? remedy(error->domain, 13) : "");
+	         mongodb_message_length(error->message), error->message, (unsigned)error->code,
+	         error->code == 13 ? mongodb_remedy(error->domain, 13) : "");
 }
 
 bool store_find(struct store *store, const char *collection, const bson_t *query, const bson_t *options,
@@ -857,7 +284,7 @@ static bool run(struct store *store, const bson_t *command, bson_t *reply, struc
 	bool done = mongoc_client_command_simple(client, store->config->mongodb.database, command, NULL, reply, &error);
 	mongoc_client_pool_push(store->pool, client);
 	if (!done)
-		report_error(report, &error, "MongoDB does not answer");
+		store_report_error(report, &error, "MongoDB does not answer", NULL);
 	report->away = !done;
 	return done;
 }

@@ -1,6 +1,6 @@
 /*
- * MongoDB: a pool of clients, and one unordered bulk insert per namespace for each batch. The only file that talks to
- * the database and that knows what its errors mean.
+ * MongoDB: a pool of clients, and what is asked of it: to store a batch (insert.h), to read, to delete, to say how it
+ * is.
  *
  * store_create() and store_destroy() run on the loop thread and never touch the network; the others run in workers and
  * block up to the driver's time-outs.
@@ -10,23 +10,9 @@
 
 #include "batch.h"
 #include "config.h"
+#include "store_report.h"
 
 struct store;
-
-/* What is to be done about messages that are still open after store_write(). */
-enum store_class {
-	STORE_OK,            /* none is */
-	STORE_TRANSIENT,     /* the database is away, or its answer unknown: the same again */
-	STORE_CONFIGURATION, /* credentials, rights, a missing or misconfigured collection: somebody must act; the same
-	                        again */
-};
-
-struct store_report {
-	enum store_class class;
-	size_t open;        /* messages of the batch that are not durable */
-	bool away;          /* an attempt failed as a whole, so another batch would fare no better now */
-	char message[1024]; /* what MongoDB or the driver said, with the remedy where we know one; no secret */
-};
 
 /* Reused memory of one worker's job: documents under construction. One job at a time. */
 struct store_scratch;
