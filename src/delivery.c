@@ -31,6 +31,7 @@ enum {
 	RETRY_FIRST_MS = 100,
 	RETRY_MOST_MS = 2000,
 	PROBE_MOST_MS = 5000,
+	TRIAL_HOLDS = 2,           /* hold limits without a hand-back that end the waiting longer and longer */
 	HANDBACK_MOST_MS = 300000, /* each round handed back may leave its documents behind, to be stored again */
 };
 
@@ -63,19 +64,22 @@ struct delivery {
 	struct delivery_parcel *spooling[OUTBOX_BATCHES]; /* in the hands of the outbox, in this order */
 	size_t spooling_count;
 
-	bool away;         /* MongoDB: an attempt is overdue, or has failed as a whole */
-	bool trouble;      /* said, and not yet taken back */
-	unsigned attempts; /* in a row that failed */
-	uv_timer_t retry;  /* of the parcels that wait, or of the probe */
+	bool away;        /* MongoDB: an attempt is overdue, or it does not answer */
+	bool trouble;     /* said, and not yet taken back */
+	uv_timer_t retry; /* of the parcels that wait */
 	uv_timer_t overdue;
 
 	uv_work_t probe;
 	struct store_report probe_report;
 	bool probe_runs;
+	uv_timer_t look;    /* for MongoDB: the next probe */
+	unsigned looks;     /* in a row that found nothing */
 	bool refusing;      /* messages were handed back: no more before MongoDB answers */
-	unsigned handbacks; /* in a row, without everything stored in between */
+	unsigned handbacks; /* in a row, without enough time between them */
+	uint64_t trial_at;  /* loop time of the first batch since the last of them; 0: none yet */
 
 	struct log_repeat complaint, fallback;
+	struct log_repeat refusals[STORE_NAMESPACES];
 	uv_work_t disconnect;
 	bool stopping, closing;
 	void (*stopped)(void *owner);
@@ -89,8 +93,29 @@ static void advance(struct delivery *delivery);
 static void say_trouble(struct delivery *delivery, const struct store_report *report)
 {
 	enum log_level level = report->class == STORE_CONFIGURATION ? LOG_LEVEL_ERROR : LOG_LEVEL_WARN;
+	struct log_repeat *repeat = &delivery->complaint;
+	for (int i = 0; i < STORE_NAMESPACES && !report->away; i++)
+		if (report->refused[i])
+			repeat = &delivery->refusals[i];
 	delivery->trouble = delivery->trouble || report->away;
-	log_repeat(&delivery->complaint, level, "consumer", "%s", report->message);
+	log_repeat(repeat, level, "consumer", "%s", report->message);
+}
+
+/* A collection that takes nothing concerns its own messages: they wait, the others do not. */
+static void hear_of_collections(struct delivery *delivery, const struct store_report *report)
+{
+	const struct config_consumer *config = &delivery->config->consumer;
+	for (int i = 0; i < STORE_NAMESPACES; i++) {
+		bool *refused = &delivery->counters->database_refuses[i];
+		if (report->refused[i]) {
+			*refused = true;
+		} else if (report->taken[i] && *refused) {
+			*refused = false;
+			log_info("consumer", "MongoDB takes documents again in the collection %s",
+			         i == STORE_MESSAGES ? config->collection : config->dead_letter);
+			log_repeat_end(&delivery->refusals[i]);
+		}
+	}
 }
 
 /* Messages may come again. */
@@ -111,7 +136,7 @@ static void set_present(struct delivery *delivery)
 		log_repeat_end(&delivery->complaint);
 	delivery->trouble = false;
 	delivery->away = false;
-	delivery->attempts = 0;
+	delivery->looks = 0;
 	delivery->counters->database_up = true;
 	if (was_away && !delivery->stopping)
 		outbox_drain(delivery->outbox);
@@ -128,6 +153,7 @@ static void hear(struct delivery *delivery, const struct store_report *report)
 {
 	if (report->open > 0)
 		say_trouble(delivery, report);
+	hear_of_collections(delivery, report);
 	if (report->away)
 		set_away(delivery);
 	else
@@ -174,33 +200,61 @@ static void start_probe(struct delivery *delivery)
 	uv_queue_work(delivery->loop, &delivery->probe, probe_work, probe_done);
 }
 
-static void retry_due(uv_timer_t *timer)
+static void look_due(uv_timer_t *timer)
 {
-	struct delivery *delivery = container_of(timer, struct delivery, retry);
-	struct delivery_parcel *parcel = first_in(delivery, WAITING);
+	struct delivery *delivery = container_of(timer, struct delivery, look);
 	if (delivery->refusing && outbox_is_usable(delivery->outbox))
 		take_again(delivery);
-	else if (parcel == NULL && !delivery->probe_runs &&
-	         (delivery->refusing || !outbox_is_draining(delivery->outbox)))
+	else if (!delivery->probe_runs)
 		start_probe(delivery);
-	for (; parcel != NULL; parcel = first_in(delivery, WAITING))
-		parcel->phase = READY;
 	advance(delivery);
 }
 
-/* See to it that somebody tries again. */
+/* See to it that somebody finds out when MongoDB is back: nothing is on its way that would. */
+static void arm_look(struct delivery *delivery)
+{
+	bool away = delivery->away && !outbox_is_draining(delivery->outbox) && first_in(delivery, WAITING) == NULL;
+	if (!idle(delivery) || (!delivery->refusing && !away) || delivery->stopping || delivery->probe_runs ||
+	    uv_is_active((uv_handle_t *)&delivery->look))
+		return;
+	uint64_t delay = !delivery->refusing || delivery->handbacks <= 1
+	                     ? backoff_ms(++delivery->looks, RETRY_FIRST_MS, PROBE_MOST_MS)
+	                     : backoff_ms(delivery->handbacks + 3, RETRY_FIRST_MS, HANDBACK_MOST_MS);
+	uv_timer_start(&delivery->look, look_due, delay, 0);
+}
+
+/* Something was stored: proof enough to take messages again, unless they have been handed back again and again. */
+static void take_again_at_once(struct delivery *delivery)
+{
+	if (!delivery->refusing || delivery->handbacks > 1)
+		return;
+	uv_timer_stop(&delivery->look);
+	take_again(delivery);
+}
+
+static void retry_due(uv_timer_t *timer)
+{
+	struct delivery *delivery = container_of(timer, struct delivery, retry);
+	for (size_t i = 0; i < delivery->parcel_count; i++) {
+		struct delivery_parcel *parcel = delivery->parcels[i];
+		if (parcel->phase == WAITING && parcel->retry_at <= uv_now(delivery->loop))
+			parcel->phase = READY;
+	}
+	advance(delivery);
+}
+
 static void arm_retry(struct delivery *delivery)
 {
-	bool waiting = first_in(delivery, WAITING) != NULL;
-	bool unknown =
-	    idle(delivery) && (delivery->refusing || (delivery->away && !outbox_is_draining(delivery->outbox)));
-	if (delivery->probe_runs || (!waiting && (!unknown || delivery->stopping)) ||
-	    uv_is_active((uv_handle_t *)&delivery->retry))
-		return;
-	uint64_t delay = waiting || !delivery->refusing || delivery->handbacks <= 1
-	                     ? backoff_ms(++delivery->attempts, RETRY_FIRST_MS, waiting ? RETRY_MOST_MS : PROBE_MOST_MS)
-	                     : backoff_ms(delivery->handbacks + 3, RETRY_FIRST_MS, HANDBACK_MOST_MS);
-	uv_timer_start(&delivery->retry, retry_due, delay, 0);
+	uint64_t first = UINT64_MAX, now = uv_now(delivery->loop);
+	for (size_t i = 0; i < delivery->parcel_count; i++) {
+		const struct delivery_parcel *parcel = delivery->parcels[i];
+		if (parcel->phase == WAITING && parcel->retry_at < first)
+			first = parcel->retry_at;
+	}
+	if (first == UINT64_MAX)
+		uv_timer_stop(&delivery->retry);
+	else
+		uv_timer_start(&delivery->retry, retry_due, first > now ? first - now : 0, 0);
 }
 
 /* ---- parcels ---- */
@@ -291,14 +345,24 @@ static bool may_spool(const struct delivery_parcel *parcel)
 	return parcel->sender->spools && outbox_is_usable(parcel->delivery->outbox);
 }
 
+/* Each at its own pace: what one waits for need not concern another. */
+static void wait_for_retry(struct delivery_parcel *parcel)
+{
+	parcel->phase = WAITING;
+	parcel->retry_at =
+	    uv_now(parcel->delivery->loop) + backoff_ms(++parcel->attempts, RETRY_FIRST_MS, RETRY_MOST_MS);
+}
+
 /* No job holds it any more. */
 static void conclude(struct delivery_parcel *parcel)
 {
 	size_t open = count_settled(parcel);
 	if (open == 0 || parcel->given_up)
 		report(parcel, open);
+	else if (may_spool(parcel))
+		parcel->phase = QUEUED;
 	else
-		parcel->phase = may_spool(parcel) ? QUEUED : WAITING;
+		wait_for_retry(parcel);
 }
 
 /* ---- storing ---- */
@@ -324,10 +388,8 @@ static void store_done(uv_work_t *job, int status)
 		release(parcel);
 	else if (!parcel->spooling)
 		conclude(parcel);
-	if (stored && delivery->refusing) { /* it takes what other connections bring */
-		uv_timer_stop(&delivery->retry);
-		take_again(delivery);
-	}
+	if (stored) /* it takes what other connections bring */
+		take_again_at_once(delivery);
 	advance(delivery);
 }
 
@@ -358,7 +420,7 @@ static struct worker *idle_worker(struct delivery *delivery, const struct delive
 	return parcel->sender->spools || count > 1 || delivery->worker_count == 1 ? first : NULL;
 }
 
-/* While MongoDB is away, or one parcel waits for its next attempt, the others need not run into the same wall. */
+/* While MongoDB is away, and one parcel waits for its next attempt, the others need not run into the same wall. */
 static void start_ready(struct delivery *delivery)
 {
 	struct delivery_parcel *parcel;
@@ -370,7 +432,7 @@ static void start_ready(struct delivery *delivery)
 		}
 		struct delivery_parcel *waiting = first_in(delivery, WAITING);
 		bool hopeless = delivery->away && outbox_is_usable(delivery->outbox);
-		bool behind = waiting != NULL && waiting->sender->spools >= parcel->sender->spools;
+		bool behind = delivery->away && waiting != NULL && waiting->sender->spools >= parcel->sender->spools;
 		if (hopeless || behind || (worker = idle_worker(delivery, parcel)) == NULL)
 			return;
 		start_worker(worker, parcel);
@@ -388,7 +450,10 @@ static void spool_queued(struct delivery *delivery)
 		return;
 	if (!outbox_is_usable(delivery->outbox)) {
 		while ((parcel = first_in(delivery, QUEUED)) != NULL)
-			parcel->phase = parcel->storing ? STORING : WAITING;
+			if (parcel->storing)
+				parcel->phase = STORING;
+			else
+				wait_for_retry(parcel);
 		return;
 	}
 	while (count < OUTBOX_BATCHES && (parcel = first_in(delivery, QUEUED)) != NULL) {
@@ -491,6 +556,7 @@ static void advance(struct delivery *delivery)
 	spool_queued(delivery);
 	arm_overdue(delivery);
 	arm_retry(delivery);
+	arm_look(delivery);
 	close_when_idle(delivery);
 }
 
@@ -508,17 +574,19 @@ static void on_answered(void *owner, const struct store_report *report)
 	struct delivery *delivery = owner;
 	hear(delivery, report);
 	if (report->open == 0)
-		take_again(delivery);
+		take_again_at_once(delivery);
 	advance(delivery);
 }
 
 static void on_usable(void *owner)
 {
 	struct delivery *delivery = owner;
-	struct delivery_parcel *parcel;
-	while ((parcel = first_in(delivery, WAITING)) != NULL)
-		parcel->phase = READY;
-	delivery->handbacks = 0;
+	for (size_t i = 0; i < delivery->parcel_count; i++) {
+		struct delivery_parcel *parcel = delivery->parcels[i];
+		if (parcel->phase == WAITING)
+			parcel->phase = READY;
+		parcel->overdue = false; /* an attempt that still is one is offered to the spool again */
+	}
 	take_again(delivery);
 	advance(delivery);
 }
@@ -551,7 +619,8 @@ struct delivery *delivery_start(uv_loop_t *loop, const struct config *config, st
 	}
 	uv_timer_init(loop, &delivery->retry);
 	uv_timer_init(loop, &delivery->overdue);
-	delivery->handles = 2;
+	uv_timer_init(loop, &delivery->look);
+	delivery->handles = 3;
 	delivery->outbox = outbox_start(loop, config, delivery->store, counters, &outbox_handler, delivery);
 	start_probe(delivery);
 	return delivery;
@@ -574,6 +643,7 @@ struct delivery_parcel *delivery_take(struct delivery *delivery, struct delivery
 	parcel->phase = FILLING;
 	parcel->sender = sender;
 	parcel->reported = parcel->given_up = false;
+	parcel->attempts = 0;
 	return parcel;
 }
 
@@ -595,13 +665,18 @@ void delivery_submit(struct delivery_parcel *parcel)
 	parcel->phase = READY;
 	parcel->submitted_at = uv_hrtime();
 	parcel->ready_at = uv_now(delivery->loop);
+	if (delivery->trial_at == 0 && !delivery->refusing)
+		delivery->trial_at = parcel->ready_at;
 	delivery->under_way++;
 	advance(delivery);
 }
 
-void delivery_round_stored(struct delivery *delivery)
+/* A part of what was handed back proves little, and so does another connection's round: what could not be stored would
+ * have been handed back again by now, had it come. */
+void delivery_round_stored(struct delivery *delivery, uint64_t hold_ms)
 {
-	delivery->handbacks = 0; /* a part of what was handed back would prove little */
+	if (delivery->trial_at != 0 && uv_now(delivery->loop) - delivery->trial_at >= TRIAL_HOLDS * hold_ms)
+		delivery->handbacks = 0;
 }
 
 void delivery_give_up(struct delivery *delivery, struct delivery_sender *sender, enum metrics_cause cause)
@@ -617,8 +692,10 @@ void delivery_give_up(struct delivery *delivery, struct delivery_sender *sender,
 		if (!parcel->storing && !parcel->spooling)
 			conclude(parcel);
 	}
-	if (cause == METRICS_HOLD_LIMIT && !was_refusing) /* once for all connections of an outage */
+	if (cause == METRICS_HOLD_LIMIT && !was_refusing) { /* once for all connections of an outage */
 		delivery->handbacks++;
+		delivery->trial_at = 0;
+	}
 	advance(delivery);
 }
 
@@ -639,8 +716,13 @@ void delivery_promise(const struct delivery *delivery, char *text, size_t size)
 
 const char *delivery_trouble(const struct delivery *delivery)
 {
-	if (delivery->outbox == NULL || (!delivery->away && !delivery->refusing))
+	const bool *refuses = delivery->counters->database_refuses;
+	if (delivery->outbox == NULL)
 		return NULL;
+	if (!delivery->away && !delivery->refusing)
+		return refuses[STORE_MESSAGES]       ? "MongoDB refuses documents"
+		       : refuses[STORE_DEAD_LETTERS] ? "MongoDB refuses dead letters"
+		                                     : NULL;
 	if (outbox_is_usable(delivery->outbox))
 		return "spooling, MongoDB does not answer";
 	if (delivery->counters->spool_state == METRICS_SPOOL_FULL)
@@ -679,9 +761,10 @@ static void disconnect_work(uv_work_t *job)
 static void disconnect_done(uv_work_t *job, int status)
 {
 	struct delivery *delivery = container_of(job, struct delivery, disconnect);
-	delivery->retry.data = delivery->overdue.data = delivery;
+	delivery->retry.data = delivery->overdue.data = delivery->look.data = delivery;
 	uv_close((uv_handle_t *)&delivery->retry, handle_closed);
 	uv_close((uv_handle_t *)&delivery->overdue, handle_closed);
+	uv_close((uv_handle_t *)&delivery->look, handle_closed);
 }
 
 static void outbox_stopped(void *owner)
@@ -699,6 +782,7 @@ static void close_when_idle(struct delivery *delivery)
 	delivery->closing = true;
 	uv_timer_stop(&delivery->retry);
 	uv_timer_stop(&delivery->overdue);
+	uv_timer_stop(&delivery->look);
 	outbox_stop(delivery->outbox, outbox_stopped);
 }
 

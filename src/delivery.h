@@ -39,6 +39,8 @@ struct delivery_parcel {
 	uint64_t submitted_at;    /* uv_hrtime() */
 	uint64_t ready_at;        /* the same moment, loop time */
 	uint64_t started_at;      /* loop time of the attempt under way */
+	unsigned attempts;        /* that left something open */
+	uint64_t retry_at;        /* loop time of the next one, while it waits */
 };
 
 struct delivery_handler {
@@ -56,8 +58,8 @@ struct delivery *delivery_start(uv_loop_t *loop, const struct config *config, st
 /* An empty parcel for `sender` to fill. Never NULL. */
 struct delivery_parcel *delivery_take(struct delivery *delivery, struct delivery_sender *sender);
 
-/* All of a connection's round is durable. */
-void delivery_round_stored(struct delivery *delivery);
+/* All of a connection's round is durable. `hold_ms`: its hold limit. */
+void delivery_round_stored(struct delivery *delivery, uint64_t hold_ms);
 
 /* What the parcel's messages take in memory. */
 size_t delivery_bytes(const struct delivery_parcel *parcel);

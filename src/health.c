@@ -27,7 +27,12 @@ static bool can_store(const struct metrics_consumer *consumer, cJSON *reasons)
 		say(reasons, "the spool is full");
 	else if (consumer->spool_state == METRICS_SPOOL_FAILED)
 		say(reasons, "the spool cannot be written");
-	return consumer->database_up || consumer->spool_state == METRICS_SPOOL_OK;
+	if (consumer->database_refuses[STORE_MESSAGES])
+		say(reasons, "MongoDB refuses documents in the collection consumer.collection, see the log");
+	if (consumer->database_refuses[STORE_DEAD_LETTERS])
+		say(reasons, "MongoDB refuses documents in the collection consumer.dead_letter, see the log");
+	bool takes = consumer->database_up && !consumer->database_refuses[STORE_MESSAGES];
+	return takes || consumer->spool_state == METRICS_SPOOL_OK;
 }
 
 static bool consumer_ready(const struct health *health, cJSON *reasons)

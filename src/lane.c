@@ -91,7 +91,7 @@ static void round_over(struct lane *lane)
 	uv_timer_stop(&lane->hold);
 	lane->pending_bytes = 0;
 	if (lane->returned == 0) {
-		delivery_round_stored(lane->delivery);
+		delivery_round_stored(lane->delivery, lane->hold_ms);
 		return;
 	}
 	log_warn("consumer", "%zu messages handed back to the broker unacknowledged; it delivers them again",

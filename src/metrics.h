@@ -8,6 +8,7 @@
 #define MQTT2MONGO_METRICS_H
 
 #include "document.h"
+#include "store_report.h"
 
 #include <stdint.h>
 
@@ -49,8 +50,9 @@ struct metrics_consumer {
 	struct metrics_histogram store_latency; /* of a batch, from its submission until all of it is durable */
 
 	/* the state of things, which goes up and down */
-	int connections, connections_up; /* to the broker: wanted; of those, connected and subscribed */
-	bool database_up;                /* it answered the last time, and took what it was given */
+	int connections, connections_up;         /* to the broker: wanted; of those, connected and subscribed */
+	bool database_up;                        /* it answered the last time */
+	bool database_refuses[STORE_NAMESPACES]; /* these collections take nothing, for a reason of their own */
 	enum metrics_spool spool_state;
 	uint64_t spool_messages, spool_bytes, spool_max_bytes;
 	int64_t spool_oldest_ms; /* when the oldest message in it was received, ms since 1970; 0: it is empty */

@@ -8,9 +8,9 @@
  *                            |                     ^          |
  *                          empty                   +-back-off-+
  *
- * An attempt that fails as a whole is made again with the same messages: MongoDB is away. Messages that it does not
- * take for reasons of their own get a few attempts and stay in the spool; the drain goes on behind them and comes back
- * when it has reached the end.
+ * An attempt that fails because MongoDB is away is made again with the same messages. Messages that it does not take
+ * for reasons of their own, or of their collection, stay in the spool; the drain goes on behind them at once and comes
+ * back when it has reached the end. What counts against a message is remembered from one pass to the next.
  */
 #include "outbox.h"
 
@@ -27,8 +27,9 @@ enum {
 	RETRY_FIRST_MS = 100,
 	RETRY_MOST_MS = 5000,
 	TEST_MOST_MS = 2000,
-	ATTEMPTS_MOST = 4, /* for messages that MongoDB does not take for reasons of their own */
-	SAY_MS = 60000,    /* between two lines about the spool's size */
+	REFUSED_MS = 100,      /* before the next messages, when MongoDB has taken none */
+	SUSPECTS_MOST = 65536, /* the others are remembered when there is room again */
+	SAY_MS = 60000,        /* between two lines about the spool's size */
 	ERROR_TEXT = 512,
 };
 
@@ -36,6 +37,12 @@ enum {
 
 enum spool_job { JOB_NONE, JOB_OPEN, JOB_COMMIT, JOB_REMOVE, JOB_READ, JOB_TEST, JOB_CLOSE };
 enum drain_phase { DRAIN_IDLE, DRAIN_READING, DRAIN_LOADED, DRAIN_STORING, DRAIN_STORED, DRAIN_REMOVING };
+
+/* A message that was left behind, and its batch_message.refusals. */
+struct suspect {
+	int64_t row;
+	uint8_t refusals;
+};
 
 struct outbox {
 	uv_loop_t *loop;
@@ -66,12 +73,15 @@ struct outbox {
 	uv_work_t drain_job;
 	struct store_scratch *scratch;
 	struct store_report report;
-	struct batch batch; /* what the drain has read */
-	int64_t after;      /* the last row it has dealt with in this pass */
-	unsigned attempts;  /* with this batch */
-	unsigned pauses;    /* in a row */
-	bool left_behind;   /* in this pass: messages that MongoDB did not take */
-	uv_timer_t pause;   /* active: no attempt before it fires */
+	struct batch batch;       /* what the drain has read */
+	int64_t after;            /* the last row it has dealt with in this pass */
+	uint64_t pass_at;         /* loop time of its beginning */
+	unsigned pauses;          /* in a row */
+	bool left_behind;         /* in this pass: messages that MongoDB did not take */
+	uv_timer_t pause;         /* active: no attempt before it fires */
+	bool rests;               /* between two passes */
+	struct suspect *suspects; /* sorted by row; owned */
+	size_t suspect_count;
 
 	struct log_repeat complaint, full;
 	uint64_t said_at; /* loop time of the last line about its size */
@@ -241,42 +251,120 @@ static void count_confirmed(struct outbox *outbox)
 	}
 }
 
-static void pause_drain(struct outbox *outbox);
+static void pause_over(uv_timer_t *timer)
+{
+	struct outbox *outbox = container_of(timer, struct outbox, pause);
+	outbox->rests = false;
+	advance(outbox);
+}
+
+static void pause_drain(struct outbox *outbox, uint64_t least_ms)
+{
+	uint64_t delay = backoff_ms(++outbox->pauses, RETRY_FIRST_MS, RETRY_MOST_MS);
+	uv_timer_start(&outbox->pause, pause_over, delay > least_ms ? delay : least_ms, 0);
+}
+
+/* ---- what counts against messages that were left behind ---- */
+
+/* The first suspect from `row` on. */
+static size_t suspect_from(const struct outbox *outbox, int64_t row)
+{
+	size_t low = 0, high = outbox->suspect_count;
+	while (low < high) {
+		size_t middle = low + (high - low) / 2;
+		if (outbox->suspects[middle].row < row)
+			low = middle + 1;
+		else
+			high = middle;
+	}
+	return low;
+}
+
+static void recall_suspects(struct outbox *outbox)
+{
+	for (size_t i = 0; i < outbox->batch.count && outbox->suspect_count > 0; i++) {
+		struct batch_message *message = &outbox->batch.messages[i];
+		size_t at = suspect_from(outbox, message->row);
+		if (at < outbox->suspect_count && outbox->suspects[at].row == message->row)
+			message->refusals = outbox->suspects[at].refusals;
+	}
+}
+
+/* What is known of the rows of this batch, which are in order and without a gap, takes the place of what was known. */
+static void note_suspects(struct outbox *outbox)
+{
+	const struct batch *batch = &outbox->batch;
+	size_t from = suspect_from(outbox, batch->messages[0].row);
+	size_t to = suspect_from(outbox, batch->messages[batch->count - 1].row + 1), left = outbox->suspect_count - to;
+	if (from + batch->count + left == 0)
+		return;
+	struct suspect *noted = memory_zeroed(from + batch->count + left, sizeof *noted);
+	memcpy(noted, outbox->suspects, from * sizeof *noted);
+	size_t count = from;
+	for (size_t i = 0; i < batch->count && count + left < SUSPECTS_MOST; i++) {
+		const struct batch_message *message = &batch->messages[i];
+		if (message->outcome == BATCH_OPEN && message->refusals > 0)
+			noted[count++] = (struct suspect){.row = message->row, .refusals = message->refusals};
+	}
+	if (left > 0)
+		memcpy(&noted[count], &outbox->suspects[to], left * sizeof *noted);
+	free(outbox->suspects);
+	outbox->suspects = noted;
+	outbox->suspect_count = count + left;
+}
+
+/* ---- the drain's jobs on the spool ---- */
 
 static void remove_done(struct outbox *outbox)
 {
 	if (outbox->result != SPOOL_OK) {
 		outbox->drain = DRAIN_STORED; /* MongoDB has them; only the spool does not know yet */
 		note_failure(outbox);
-		pause_drain(outbox);
+		pause_drain(outbox, 0);
 		return;
 	}
 	size_t open = batch_count_outcome(&outbox->batch, BATCH_OPEN);
-	if (open < outbox->batch.count)
+	bool refused = open == outbox->batch.count;
+	if (!refused)
 		outbox->pauses = 0;
+	if (open > 0 || outbox->suspect_count > 0)
+		note_suspects(outbox);
 	count_confirmed(outbox);
 	outbox->after = outbox->batch.messages[outbox->batch.count - 1].row;
 	outbox->left_behind = outbox->left_behind || open > 0;
 	batch_reset(&outbox->batch);
 	outbox->drain = DRAIN_IDLE;
+	if (refused)
+		uv_timer_start(&outbox->pause, pause_over, REFUSED_MS, 0);
 	if (outbox->state == SPOOL_FULL)
 		outbox->test_due = true; /* there may be room now */
 }
 
+/* Nothing is behind `after`. If there are messages all the same they were left behind, or cannot be read: again from
+ * the beginning, but not more than half of the time. */
+static void end_pass(struct outbox *outbox)
+{
+	uint64_t took_ms = uv_now(outbox->loop) - outbox->pass_at;
+	spool_status(outbox->spool, &outbox->status);
+	outbox->rests = outbox->result != SPOOL_OK || outbox->left_behind || outbox->status.messages > 0;
+	if (outbox->rests)
+		pause_drain(outbox, took_ms);
+	outbox->after = 0;
+	outbox->left_behind = false;
+}
+
 static void read_done(struct outbox *outbox)
 {
-	outbox->attempts = 0;
-	outbox->drain = DRAIN_LOADED;
-	if (outbox->result == SPOOL_OK && outbox->batch.count > 0)
+	if (outbox->result == SPOOL_OK && outbox->batch.count > 0) {
+		outbox->drain = DRAIN_LOADED;
+		recall_suspects(outbox);
 		return;
+	}
 	batch_reset(&outbox->batch);
 	outbox->drain = DRAIN_IDLE;
 	if (outbox->result != SPOOL_OK)
 		note_failure(outbox);
-	if (outbox->result != SPOOL_OK || outbox->left_behind)
-		pause_drain(outbox);
-	outbox->after = 0;
-	outbox->left_behind = false;
+	end_pass(outbox);
 }
 
 static void test_done(struct outbox *outbox)
@@ -325,16 +413,6 @@ static void start_job(struct outbox *outbox, enum spool_job job)
 
 /* ---- the drain ---- */
 
-static void pause_over(uv_timer_t *timer)
-{
-	advance(container_of(timer, struct outbox, pause));
-}
-
-static void pause_drain(struct outbox *outbox)
-{
-	uv_timer_start(&outbox->pause, pause_over, backoff_ms(++outbox->pauses, RETRY_FIRST_MS, RETRY_MOST_MS), 0);
-}
-
 /* Worker thread. Touches only the drain's batch, the scratch memory and the report. */
 static void store_work(uv_work_t *job)
 {
@@ -347,11 +425,10 @@ static void store_done(uv_work_t *job, int status)
 	struct outbox *outbox = container_of(job, struct outbox, drain_job);
 	const struct store_report *report = &outbox->report;
 	outbox->counters->batches++;
-	outbox->attempts++;
 	outbox->drain = DRAIN_STORED;
-	if (report->open > 0 && (report->away || outbox->attempts < ATTEMPTS_MOST)) {
+	if (report->open > 0 && report->away) {
 		outbox->drain = DRAIN_LOADED;
-		pause_drain(outbox);
+		pause_drain(outbox, 0);
 	}
 	outbox->handler.answered(outbox->owner, report);
 	advance(outbox);
@@ -388,6 +465,8 @@ static void start_next_job(struct outbox *outbox)
 		start_job(outbox, JOB_COMMIT);
 	} else if (wanted != JOB_NONE) {
 		outbox->drain = wanted == JOB_READ ? DRAIN_READING : DRAIN_REMOVING;
+		if (wanted == JOB_READ && outbox->after == 0)
+			outbox->pass_at = uv_now(outbox->loop);
 		start_job(outbox, wanted);
 	} else if (outbox->test_due && !outbox->stopping) {
 		start_job(outbox, JOB_TEST);
@@ -443,12 +522,13 @@ void outbox_drain(struct outbox *outbox)
 {
 	uv_timer_stop(&outbox->pause);
 	outbox->pauses = 0;
+	outbox->rests = false;
 	advance(outbox);
 }
 
 bool outbox_is_draining(const struct outbox *outbox)
 {
-	return outbox->status.messages > 0 && outbox->state != SPOOL_FAILED;
+	return outbox->status.messages > 0 && outbox->state != SPOOL_FAILED && !outbox->rests;
 }
 
 static void handle_closed(uv_handle_t *handle)
@@ -460,6 +540,7 @@ static void handle_closed(uv_handle_t *handle)
 	void *owner = outbox->owner;
 	store_scratch_destroy(outbox->scratch);
 	batch_finish(&outbox->batch);
+	free(outbox->suspects);
 	free(outbox);
 	stopped(owner);
 }

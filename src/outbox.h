@@ -49,7 +49,8 @@ void outbox_commit(struct outbox *outbox, const struct batch *const *batches, si
 /* MongoDB is there: drain now, if there is something. Otherwise the drain tries by itself, 0.1 to 5 s apart. */
 void outbox_drain(struct outbox *outbox);
 
-/* It holds something, so that the drain will find out about MongoDB. */
+/* It holds something and goes on with it at least every 5 s, so that the drain will find out about MongoDB. False also
+ * between two passes over messages that MongoDB does not take. */
 bool outbox_is_draining(const struct outbox *outbox);
 
 /* Start no further attempt, wait for the jobs under way, close the spool. No commit may be under way. `stopped` is
