@@ -85,3 +85,22 @@ def test_fsync_fails_with_mongodb_there(scene, fsync_fault):
     assert not acknowledged - stored.copies.keys()
     fsync_fault.off()
     it.conclude("fsync_fails, MongoDB there", acknowledged, faults=1, failed_calls=fsync_fault.failures())
+
+
+@pytest.mark.timeout(scaled(120, 300))
+def test_fsync_works_again_while_an_attempt_hangs(scene, fsync_fault):
+    """What the spool refused is offered to it again as soon as it takes messages, not when the attempt that hangs has ended."""
+    it = scene(env=fsync_fault.environment)
+    it.publish(10)
+    it.wait_settled()
+    fsync_fault.on()
+    it.server.sigstop()
+    it.publish(100)
+    wait_until(lambda: fsync_fault.failures() > 0, 30, lambda: f"a failing fsync: {it.state()}")
+    pause(1)
+    assert it.running.sums()["consumer"]["spooled"] == 0
+    fsync_fault.off()
+    # The attempt ends by the driver's time-out, after 20 s.
+    wait_until(lambda: it.running.sums()["consumer"]["spooled"] == 100, 10, it.state)
+    it.server.sigcont()
+    it.conclude("fsync_fails, an attempt hangs", faults=1, failed_calls=fsync_fault.failures())

@@ -3,11 +3,13 @@
     Peer(behave)   accepts TCP connections and treats each as `behave` says (stay_silent, hang_up, reset, …)
     BlackHole()    a port on which connecting neither succeeds nor fails
     Resolver()     a name server that does not answer, or says 127.0.0.1 to everything
+    Altering()     a proxy to mongod that changes its replies
     Recorder()     proxies to real servers; early_acknowledgements() tells which messages were acknowledged too early
 """
 
 import collections
 import contextlib
+import copy
 import heapq
 import itertools
 import json
@@ -128,6 +130,67 @@ def answer(*pieces, every=0.0, close=False):
 
 def one_byte_each(data):
     return [data[index:index + 1] for index in range(len(data))]
+
+
+class Altering(Peer):
+    """In front of mongod at 127.0.0.1:target: alter(command, reply) gets what was asked and what mongod answered, as dictionaries, and
+    returns what the service is to get instead, or the reply itself. What it changes is what other servers that speak MongoDB's
+    protocol would answer.
+
+    altered   how many replies were changed
+    """
+
+    def __init__(self, target, alter):
+        super().__init__(self._serve)
+        self.target, self.alter, self.altered = target, alter, 0
+
+    @property
+    def uri(self):
+        return f"mongodb://127.0.0.1:{self.port}/?directConnection=true"
+
+    def _serve(self, connection, _ending):
+        with socket.create_connection(("127.0.0.1", self.target)) as server:
+            asked = {}
+            threading.Thread(target=self._ask, args=[connection, server, asked], daemon=True).start()
+            while message := _mongodb_message(server):
+                connection.sendall(self._altered(message, asked))
+
+    @staticmethod
+    def _ask(connection, server, asked):
+        with contextlib.suppress(OSError):
+            while message := _mongodb_message(connection):
+                length, request, _, code = struct.unpack_from("<iiii", message)
+                if code == 2013:
+                    body, documents = _sections(message)
+                    asked[request] = body | {"documents": documents}
+                server.sendall(message)
+        with contextlib.suppress(OSError):
+            server.shutdown(socket.SHUT_RDWR)
+
+    def _altered(self, message, asked):
+        _, request, reply_to, code = struct.unpack_from("<iiii", message)
+        command = asked.pop(reply_to, None) if code == 2013 else None
+        if command is None:
+            return message
+        reply, _ = _sections(message)
+        other = self.alter(command, copy.deepcopy(reply))
+        if other == reply:
+            return message
+        self.altered += 1
+        body = struct.pack("<I", 0) + b"\0" + bson.encode(other)
+        return struct.pack("<iiii", 16 + len(body), request, reply_to, code) + body
+
+
+def _mongodb_message(connection):
+    """The next whole message of MongoDB's protocol, or b"" at the end."""
+    message = bytearray()
+    while len(message) < 4 or len(message) < struct.unpack_from("<i", message)[0]:
+        wanted = 4 - len(message) if len(message) < 4 else struct.unpack_from("<i", message)[0] - len(message)
+        data = connection.recv(wanted)
+        if not data:
+            return b""
+        message += data
+    return bytes(message)
 
 
 class BlackHole:
