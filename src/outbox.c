@@ -299,7 +299,8 @@ static void note_suspects(struct outbox *outbox)
 	if (from + batch->count + left == 0)
 		return;
 	struct suspect *noted = memory_zeroed(from + batch->count + left, sizeof *noted);
-	memcpy(noted, outbox->suspects, from * sizeof *noted);
+	if (from > 0)
+		memcpy(noted, outbox->suspects, from * sizeof *noted);
 	size_t count = from;
 	for (size_t i = 0; i < batch->count && count + left < SUSPECTS_MOST; i++) {
 		const struct batch_message *message = &batch->messages[i];

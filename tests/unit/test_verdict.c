@@ -162,13 +162,14 @@ static void append_error(bson_t *entry, size_t count, bool *named)
 		append_index(entry, count, named);
 	if (below(20) != 0)
 		BSON_APPEND_INT32(entry, "code", codes[below(sizeof codes / sizeof *codes)]);
+	const char *message = below(2) ? "index: _id_ x" : "other", *field = below(2) ? "_id" : "n";
 	if (below(3) == 0)
-		BSON_APPEND_UTF8(entry, "errmsg", below(2) ? "index: _id_ x" : "other");
+		BSON_APPEND_UTF8(entry, "errmsg", message);
 	if (below(3) == 0) {
 		bson_t pattern;
 		BSON_APPEND_DOCUMENT_BEGIN(entry, "keyPattern", &pattern);
 		if (below(4) != 0)
-			BSON_APPEND_INT32(&pattern, below(2) ? "_id" : "n", 1);
+			BSON_APPEND_INT32(&pattern, field, 1);
 		if (below(4) == 0)
 			BSON_APPEND_INT32(&pattern, "m", 1);
 		bson_append_document_end(entry, &pattern);
