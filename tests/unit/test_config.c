@@ -149,7 +149,7 @@ static void defaults(void **state)
 	assert_string_equal(config.consumer.collection, "messages");
 	assert_string_equal(config.consumer.dead_letter, "dead_letter");
 	assert_int_equal(config.consumer.workers, 2);
-	assert_int_equal(config.consumer.max_payload, 1 << 20);
+	assert_int_equal(config.consumer.max_payload, 4 << 20);
 	assert_int_equal(config.consumer.batch_count, 4096);
 	assert_int_equal(config.consumer.batch_bytes, 8 << 20);
 	assert_string_equal(config.publisher.topic, "sensors/{device}/readings");
@@ -615,8 +615,10 @@ static void crossed_values(void **state)
 {
 	refuses("--role|both|--mqtt-reconnect-min|31s", "--mqtt-reconnect-min: is longer than mqtt.reconnect.max");
 	accepts("--role|both|--mqtt-reconnect-min|30s");
-	refuses("--role|both|--consumer-batch-bytes|64KiB",
+	refuses("--role|both|--consumer-batch-bytes|64KiB|--consumer-max-payload|4MiB",
 	        "--consumer-batch-bytes: is less than consumer.max_payload");
+	accepts("--role|both|--consumer-batch-bytes|64KiB"); /* beside the default: one message always fits */
+	assert_int_equal(config.consumer.batch_bytes, 64 << 10);
 	warns("--role|both|--mqtt-protocol|3.1.1|--mqtt-session-expiry|1d",
 	      "--mqtt-session-expiry: has no effect with MQTT 3.1.1, there the broker decides");
 	warns("--role|both|--mqtt-protocol|3.1.1|--mqtt-receive-maximum|1", "--mqtt-receive-maximum: has no effect");
