@@ -263,7 +263,7 @@ static size_t count_settled(struct delivery_parcel *parcel)
 		open += !message->settled;
 		if (!message->settled)
 			continue;
-		metrics_count_outcome(counters, message);
+		metrics_count_outcome(counters, &parcel->batch, message);
 		if (message->id_fallback && message->outcome == BATCH_STORED)
 			say_fallback(parcel->delivery);
 	}

@@ -12,6 +12,7 @@
 #include <stdint.h>
 
 struct cJSON;
+struct letters;
 
 /* How long something took: how often up to 0.5 ms, 1 ms, 2 ms … 65.536 s, and longer. */
 enum { METRICS_BUCKETS = 18, METRICS_FIRST_US = 500 };
@@ -37,6 +38,7 @@ struct metrics_consumer {
 	uint64_t stored;
 	uint64_t duplicates;
 	uint64_t dead_lettered[DOCUMENT_REASONS]; /* per reason */
+	struct letters *letters;                  /* hears of each of them, or NULL; borrowed */
 	uint64_t spooled;
 	uint64_t dropped[METRICS_CAUSES]; /* QoS 0 only */
 	uint64_t returned[METRICS_CAUSES];
@@ -106,8 +108,9 @@ struct metrics_view {
 	uint64_t resident_bytes, cpu_us;
 };
 
-/* Count what a message has become: stored, duplicate or dead letter. */
-void metrics_count_outcome(struct metrics_consumer *consumer, const struct batch_message *message);
+/* Count what a message of `batch` has become: stored, duplicate or dead letter. */
+void metrics_count_outcome(struct metrics_consumer *consumer, const struct batch *batch,
+                           const struct batch_message *message);
 
 /* Messages that are in no other term yet. */
 uint64_t metrics_in_flight(const struct metrics_consumer *consumer);

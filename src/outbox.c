@@ -237,7 +237,7 @@ static void count_confirmed(struct outbox *outbox)
 		if (message->outcome == BATCH_OPEN)
 			continue;
 		counters->recovered_from_spool++;
-		metrics_count_outcome(counters, message);
+		metrics_count_outcome(counters, &outbox->batch, message);
 	}
 }
 
