@@ -48,6 +48,13 @@ void metrics_count_outcome(struct metrics_consumer *consumer, const struct batch
 	}
 }
 
+void metrics_count_batch(struct metrics_consumer *consumer, size_t messages)
+{
+	consumer->batches++;
+	if (messages > consumer->largest_batch)
+		consumer->largest_batch = messages;
+}
+
 uint64_t metrics_in_flight(const struct metrics_consumer *consumer)
 {
 	return consumer->received + consumer->recovered_from_spool - settled(consumer);

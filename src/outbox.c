@@ -346,7 +346,7 @@ static void store_done(uv_work_t *job, int status)
 {
 	struct outbox *outbox = container_of(job, struct outbox, drain_job);
 	const struct store_report *report = &outbox->report;
-	outbox->counters->batches++;
+	metrics_count_batch(outbox->counters, outbox->batch.count);
 	outbox->attempts++;
 	outbox->drain = DRAIN_STORED;
 	if (report->open > 0 && (report->away || outbox->attempts < ATTEMPTS_MOST)) {
