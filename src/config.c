@@ -131,7 +131,7 @@ const struct config_entry config_entries[] = {
     {.key = "consumer.workers", .type = CONFIG_TYPE_INTEGER, .initial = "2", .least = "1", .most = "64",
      AT(consumer.workers),
      .help = "threads that convert and store batches"},
-    {.key = "consumer.max_payload", .type = CONFIG_TYPE_SIZE, .initial = "1MiB", .least = "1B", .most = "15MiB",
+    {.key = "consumer.max_payload", .type = CONFIG_TYPE_SIZE, .initial = "4MiB", .least = "1B", .most = "15MiB",
      AT(consumer.max_payload),
      .help = "the largest payload that is stored; of a larger one the start goes to the dead letters"},
     {.key = "consumer.batch.count", .type = CONFIG_TYPE_COUNT, .initial = "4096", .least = "1", .most = "65535",

@@ -308,11 +308,14 @@ static void check_consumer(struct config_loader *loader)
 	if (consumer->qos == 2)
 		config_note(loader, "%s: subscribed as QoS 1, which loses nothing either; a message can come twice",
 		            config_place(loader, "consumer.qos"));
-	if (consumer->batch_bytes < consumer->max_payload && config_is_set(loader, "consumer.batch.bytes"))
+	/* A small batch beside the default of max_payload is no contradiction: one message always fits. */
+	if (consumer->batch_bytes >= consumer->max_payload)
+		return;
+	if (!config_is_set(loader, "consumer.batch.bytes"))
+		consumer->batch_bytes = consumer->max_payload;
+	else if (config_is_set(loader, "consumer.max_payload"))
 		complain(loader, "consumer.batch.bytes",
 		         "is less than consumer.max_payload, a batch must hold at least one message");
-	else if (consumer->batch_bytes < consumer->max_payload)
-		consumer->batch_bytes = consumer->max_payload;
 }
 
 static void check_write_concern(struct config_loader *loader)

@@ -217,10 +217,10 @@ static void list_add(struct config_list *list, const char *text, size_t length)
 
 static char *add_array_items(bson_iter_t *item, struct config_list *list)
 {
-	while (bson_iter_next(item)) {
+	for (int number = 1; bson_iter_next(item); number++) {
 		uint32_t length;
 		if (!BSON_ITER_HOLDS_UTF8(item))
-			return memory_string("is a list with something else than texts in quotes");
+			return memory_format("item %d of the list is no text in quotes", number);
 		const char *text = bson_iter_utf8(item, &length);
 		if (strlen(text) != length)
 			return memory_string("holds a NUL character (\\u0000), take it out");
@@ -379,6 +379,18 @@ static const char *kind_words(enum config_kind kind)
 	}
 }
 
+/* A value is shown as it was written; a list or object by its kind, and so is whatever stands where a secret belongs.
+ */
+static char *complain_of_kind(const struct config_entry *entry, enum config_kind kind, const char *text,
+                              const char *wanted)
+{
+	bool simple = kind == CONFIG_KIND_STRING || kind == CONFIG_KIND_NUMBER || kind == CONFIG_KIND_BOOLEAN;
+	char *given = simple && !entry->secret ? as_written(kind, text) : memory_string(kind_words(kind));
+	char *error = memory_format("is %s, must be %s", given, wanted);
+	free(given);
+	return error;
+}
+
 char *config_value_parse(const struct config_entry *entry, enum config_kind kind, const char *text,
                          struct config_value *value)
 {
@@ -387,7 +399,7 @@ char *config_value_parse(const struct config_entry *entry, enum config_kind kind
 		return memory_string("is null; give a value or leave it out to get the default");
 	const char *wanted = wrong_kind(entry->type, kind);
 	if (wanted != NULL)
-		return memory_format("is %s, must be %s", kind_words(kind), wanted);
+		return complain_of_kind(entry, kind, text, wanted);
 	if (text[0] == '\0')
 		return memory_string("is empty; give a value or leave it out to get the default");
 	char *error = parse_by_type(entry, kind, text, value);

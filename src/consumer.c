@@ -7,6 +7,7 @@
 
 #include "delivery.h"
 #include "lane.h"
+#include "letters.h"
 #include "log.h"
 #include "memory.h"
 #include "qos0.h"
@@ -375,6 +376,7 @@ struct consumer *consumer_start(uv_loop_t *loop, const struct config *config, st
 	consumer->counters = counters;
 	consumer->handler = *handler;
 	consumer->owner = owner;
+	counters->letters = letters_start(loop, config->consumer.dead_letter, LETTERS_EVERY_MS);
 	consumer->delivery = delivery_start(loop, config, counters, &delivery_handler, consumer);
 	if (config->consumer.qos > 0)
 		start_connections(consumer, client_id);
@@ -390,7 +392,7 @@ struct consumer *consumer_start(uv_loop_t *loop, const struct config *config, st
 
 /* ---- stopping ---- */
 
-static void delivery_stopped(void *owner)
+static void letters_stopped(void *owner)
 {
 	struct consumer *consumer = owner;
 	void (*stopped)(void *) = consumer->stopped;
@@ -406,6 +408,14 @@ static void delivery_stopped(void *owner)
 	free(consumer->leftovers);
 	free(consumer);
 	stopped(context);
+}
+
+static void delivery_stopped(void *owner)
+{
+	struct consumer *consumer = owner;
+	struct letters *letters = consumer->counters->letters;
+	consumer->counters->letters = NULL;
+	letters_stop(letters, letters_stopped, consumer);
 }
 
 static void close_when_idle(struct consumer *consumer)

@@ -317,7 +317,7 @@ static size_t count_settled(struct delivery_parcel *parcel)
 		open += !message->settled;
 		if (!message->settled)
 			continue;
-		metrics_count_outcome(counters, message);
+		metrics_count_outcome(counters, &parcel->batch, message);
 		if (message->id_fallback && message->outcome == BATCH_STORED)
 			say_fallback(parcel->delivery);
 	}
@@ -382,7 +382,7 @@ static void store_done(uv_work_t *job, int status)
 	bool stored = worker->report.open == 0;
 	worker->parcel = NULL;
 	parcel->storing = false;
-	delivery->counters->batches++;
+	metrics_count_batch(delivery->counters, parcel->batch.count);
 	hear(delivery, &worker->report);
 	if (parcel->reported)
 		release(parcel);
@@ -401,8 +401,6 @@ static void start_worker(struct worker *worker, struct delivery_parcel *parcel)
 	parcel->overdue = false;
 	parcel->started_at = uv_now(delivery->loop);
 	worker->parcel = parcel;
-	if (parcel->batch.count > delivery->counters->largest_batch)
-		delivery->counters->largest_batch = parcel->batch.count;
 	uv_queue_work(delivery->loop, &worker->job, store_work, store_done);
 }
 

@@ -269,6 +269,8 @@ static int inspect_database(const struct config *config)
 	char *uri = config_redact_uri(config->mongodb.uri);
 	bool answers = store_describe(store, text, sizeof text, &report);
 	bool may_write = answers && store_may_write(store);
+	const char *fault = answers ? store_collection_fault(store, &report) : NULL;
+	bool broken = fault != NULL && config->consumer.id.count > 0;
 	store_write_concern_text(store, concern, sizeof concern);
 	if (answers && !may_write)
 		printf("database  failed: %s, %s, but the user may not insert into %s.%s and %s.%s%s; it needs the "
@@ -277,10 +279,15 @@ static int inspect_database(const struct config *config)
 		       config->consumer.dead_letter,
 		       config->consumer.id.count > 0 ? ", or not read the first, which consumer.id asks for" : "",
 		       config->mongodb.database);
+	else if (broken)
+		printf("database  failed: %s, %s, but %s.%s %s\n", uri, text, config->mongodb.database,
+		       config->consumer.collection, fault);
 	else if (answers)
 		printf("database  ok: %s, %s\n", uri, text);
 	else
 		printf("database  failed: %s: %s\n", uri, report.message);
+	if (fault != NULL && !broken)
+		printf("database  warning: %s.%s %s\n", config->mongodb.database, config->consumer.collection, fault);
 	printf("would     store %s into %s.%s, what is not valid JSON into %s.%s, and acknowledge after %s\n",
 	       config->consumer.topic, config->mongodb.database, config->consumer.collection, config->mongodb.database,
 	       config->consumer.dead_letter, concern);
@@ -291,7 +298,7 @@ static int inspect_database(const struct config *config)
 	describe_spool(&config->spool);
 	free(uri);
 	store_destroy(store);
-	return may_write ? 0 : 1;
+	return may_write && !broken ? 0 : 1;
 }
 
 int inspect_check(const struct config *config)

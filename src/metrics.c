@@ -1,6 +1,7 @@
 /* See metrics.h. */
 #include "metrics.h"
 
+#include "letters.h"
 #include "memory.h"
 
 #include <cjson/cJSON.h>
@@ -25,7 +26,8 @@ static uint64_t settled(const struct metrics_consumer *consumer)
 	       metrics_total(consumer->returned, METRICS_CAUSES);
 }
 
-void metrics_count_outcome(struct metrics_consumer *consumer, const struct batch_message *message)
+void metrics_count_outcome(struct metrics_consumer *consumer, const struct batch *batch,
+                           const struct batch_message *message)
 {
 	switch ((enum batch_outcome)message->outcome) {
 	case BATCH_STORED:
@@ -38,10 +40,19 @@ void metrics_count_outcome(struct metrics_consumer *consumer, const struct batch
 	case BATCH_DEAD_LETTERED:
 		consumer->dead_lettered[message->reason]++;
 		consumer->truncated += batch_is_cut(message);
+		if (consumer->letters != NULL)
+			letters_note(consumer->letters, batch, message);
 		break;
 	case BATCH_OPEN:
 		break;
 	}
+}
+
+void metrics_count_batch(struct metrics_consumer *consumer, size_t messages)
+{
+	consumer->batches++;
+	if (messages > consumer->largest_batch)
+		consumer->largest_batch = messages;
 }
 
 uint64_t metrics_in_flight(const struct metrics_consumer *consumer)

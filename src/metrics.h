@@ -13,6 +13,7 @@
 #include <stdint.h>
 
 struct cJSON;
+struct letters;
 
 /* How long something took: how often up to 0.5 ms, 1 ms, 2 ms … 65.536 s, and longer. */
 enum { METRICS_BUCKETS = 18, METRICS_FIRST_US = 500 };
@@ -38,6 +39,7 @@ struct metrics_consumer {
 	uint64_t stored;
 	uint64_t duplicates;
 	uint64_t dead_lettered[DOCUMENT_REASONS]; /* per reason */
+	struct letters *letters;                  /* hears of each of them, or NULL; borrowed */
 	uint64_t spooled;
 	uint64_t dropped[METRICS_CAUSES]; /* QoS 0 only */
 	uint64_t returned[METRICS_CAUSES];
@@ -45,8 +47,7 @@ struct metrics_consumer {
 	uint64_t redelivered;   /* of those received, with the DUP flag */
 	uint64_t id_fallbacks;  /* of those stored, under an ObjectId because they have no _id that consumer.id wants */
 	uint64_t received_qos0; /* of those received */
-	uint64_t batches;       /* written */
-	uint64_t largest_batch;
+	uint64_t batches, largest_batch;        /* see metrics_count_batch() */
 	struct metrics_histogram store_latency; /* of a batch, from its submission until all of it is durable */
 
 	/* the state of things, which goes up and down */
@@ -108,8 +109,12 @@ struct metrics_view {
 	uint64_t resident_bytes, cpu_us;
 };
 
-/* Count what a message has become: stored, duplicate or dead letter. */
-void metrics_count_outcome(struct metrics_consumer *consumer, const struct batch_message *message);
+/* Count what a message of `batch` has become: stored, duplicate or dead letter. */
+void metrics_count_outcome(struct metrics_consumer *consumer, const struct batch *batch,
+                           const struct batch_message *message);
+
+/* A batch of so many messages was handed to MongoDB, by a worker or by the drain: one attempt, with whatever result. */
+void metrics_count_batch(struct metrics_consumer *consumer, size_t messages);
 
 /* Messages that are in no other term yet. */
 uint64_t metrics_in_flight(const struct metrics_consumer *consumer);

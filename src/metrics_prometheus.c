@@ -116,7 +116,8 @@ static void consumer_metrics(FILE *out, const struct metrics_consumer *consumer,
 	counter(out, "received_qos0_total", consumer->received_qos0, "Of the messages received, those at QoS 0.");
 	counter(out, "redelivered_total", consumer->redelivered, "Of the messages received, those with the DUP flag.");
 	counter(out, "truncated_total", consumer->truncated, "Of the dead letters, those that are not kept whole.");
-	counter(out, "batches_total", consumer->batches, "Writes to MongoDB.");
+	counter(out, "batches_total", consumer->batches,
+	        "Writes to MongoDB, the drain's and those that failed included.");
 	gauge(out, "largest_batch", consumer->largest_batch, "The most messages in one write since the start.");
 	histogram(out, "store_latency_seconds", &consumer->store_latency,
 	          "Time of a batch from its submission until all of it is durable.");

@@ -247,7 +247,7 @@ static void count_confirmed(struct outbox *outbox)
 		if (message->outcome == BATCH_OPEN)
 			continue;
 		counters->recovered_from_spool++;
-		metrics_count_outcome(counters, message);
+		metrics_count_outcome(counters, &outbox->batch, message);
 	}
 }
 
@@ -425,7 +425,7 @@ static void store_done(uv_work_t *job, int status)
 {
 	struct outbox *outbox = container_of(job, struct outbox, drain_job);
 	const struct store_report *report = &outbox->report;
-	outbox->counters->batches++;
+	metrics_count_batch(outbox->counters, outbox->batch.count);
 	outbox->drain = DRAIN_STORED;
 	if (report->open > 0 && report->away) {
 		outbox->drain = DRAIN_LOADED;

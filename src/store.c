@@ -23,8 +23,9 @@ struct store {
 	const struct config *config;
 	mongoc_write_concern_t *write_concern;
 	mongoc_uri_t *uri;
-	pthread_mutex_t lock;       /* guards the making of the pool */
+	pthread_mutex_t lock;       /* guards the making of the pool, and looked */
 	mongoc_client_pool_t *pool; /* NULL until its name has been resolved (mongodb+srv) */
+	bool looked;                /* at consumer.collection, or somebody is about to */
 };
 
 struct store_scratch {
@@ -141,6 +142,8 @@ static mongoc_client_t *borrow_client(struct store *store, struct store_report *
 	return NULL;
 }
 
+static void look_once(struct store *store);
+
 /* ---- writing ---- */
 
 struct store_scratch *store_scratch_create(void)
@@ -178,6 +181,7 @@ void store_write(struct store *store, struct store_scratch *scratch, struct batc
 	if (target.client != NULL) {
 		insert_batch(&target, &scratch->insert, batch, report);
 		mongoc_client_pool_push(store->pool, target.client);
+		look_once(store);
 	}
 	report->open = mark_tried(batch);
 	if (report->open > 0 && report->class == STORE_OK)
@@ -302,7 +306,8 @@ static bool run_command(struct store *store, const char *name, bson_t *reply, st
 void store_ping(struct store *store, struct store_report *report)
 {
 	bson_t reply;
-	run_command(store, "ping", &reply, report);
+	if (run_command(store, "ping", &reply, report))
+		look_once(store);
 	bson_destroy(&reply);
 }
 
@@ -405,6 +410,56 @@ bool store_may_write(struct store *store)
 	const struct config_consumer *config = &store->config->consumer;
 	return may(store, "insert", config->collection) && may(store, "insert", config->dead_letter) &&
 	       (config->id.count == 0 || may(store, "find", config->collection));
+}
+
+/* Whether consumer.collection is a time-series collection. False also where that cannot be found out, with `report`
+ * filled. */
+static bool is_time_series(struct store *store, struct store_report *report)
+{
+	bson_t reply;
+	bson_iter_t iter, type;
+	bson_t *command = BCON_NEW("listCollections", BCON_INT32(1), "filter", "{", "name",
+	                           BCON_UTF8(store->config->consumer.collection), "}");
+	bool found = run(store, command, &reply, report) && bson_iter_init(&iter, &reply) &&
+	             bson_iter_find_descendant(&iter, "cursor.firstBatch.0.type", &type) &&
+	             BSON_ITER_HOLDS_UTF8(&type) && strcmp(bson_iter_utf8(&type, NULL), "timeseries") == 0;
+	bson_destroy(command);
+	bson_destroy(&reply);
+	return found;
+}
+
+const char *store_collection_fault(struct store *store, struct store_report *report)
+{
+	if (!is_time_series(store, report))
+		return NULL;
+	return store->config->consumer.id.count > 0
+	           ? "is a time-series collection, in which MongoDB does not keep _id unique: consumer.id has no "
+	             "effect "
+	             "there, and a message that comes twice is stored twice; use an ordinary collection, or leave out "
+	             "consumer.id"
+	           : "is a time-series collection, in which MongoDB does not keep _id unique: what is tried again "
+	             "after "
+	             "an error may be stored twice; an ordinary collection would notice";
+}
+
+/* When MongoDB answers for the first time: say what is wrong with the collection. */
+static void look_once(struct store *store)
+{
+	struct store_report report;
+	pthread_mutex_lock(&store->lock);
+	bool looked = store->looked;
+	store->looked = true;
+	pthread_mutex_unlock(&store->lock);
+	if (looked)
+		return;
+	const struct config *config = store->config;
+	const char *fault = store_collection_fault(store, &report);
+	if (fault != NULL)
+		log_write(config->consumer.id.count > 0 ? LOG_LEVEL_ERROR : LOG_LEVEL_WARN, "consumer", "%s.%s %s",
+		          config->mongodb.database, config->consumer.collection, fault);
+	pthread_mutex_lock(&store->lock);
+	store->looked = report.class != STORE_TRANSIENT; /* else it is gone again, another time */
+	pthread_mutex_unlock(&store->lock);
 }
 
 void store_write_concern_text(const struct store *store, char *text, size_t size)

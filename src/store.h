@@ -59,6 +59,11 @@ bool store_describe(struct store *store, char *text, size_t size, struct store_r
  * store_describe(). */
 bool store_may_write(struct store *store);
 
+/* What is wrong with consumer.collection as it stands in MongoDB, to be read behind its name, with the remedy; NULL:
+ * nothing, as far as we are told. With consumer.id it is an error, else a warning. Static; `report` as it was found
+ * out. Same threads as store_describe(). */
+const char *store_collection_fault(struct store *store, struct store_report *report);
+
 /* "w:majority, j:true, 10 s": the promise in force. */
 void store_write_concern_text(const struct store *store, char *text, size_t size);
 

@@ -94,7 +94,7 @@ def publish(port, payloads, topic="sensors/test", *, qos=1, retain=False, window
         deadline = begun + timeout * TIME_FACTOR
         waiting = iter(enumerate(payloads))
         sent, more = 0, True
-        while more or under_way:
+        while more or under_way or client.want_write():  # the last: of QoS 0, what paho still has to write
             while more and len(under_way) < window and (not pace or sent < (time.monotonic() - begun) * pace):
                 index, payload = next(waiting, (None, None))
                 if index is None:

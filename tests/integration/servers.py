@@ -46,6 +46,12 @@ def shared_broker():
     return next((str(each) for each in candidates if each and (version_of(each) or ()) >= SHARES), None)
 
 
+def mosquittos():
+    """Every mosquitto there is here, by version: the installed one and that of shared_broker(), where it is another."""
+    found = {version_of(each): each for each in (_program("MQTT2MONGO_MOSQUITTO", "mosquitto"), shared_broker()) if each}
+    return list(found.values())
+
+
 def _start_listening(process, argv_for_port, port, timeout):
     """Spawn, wait until the port accepts. A port of our own choosing may be taken by then: another try. The port."""
     for last in (False, False, True):

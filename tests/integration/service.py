@@ -22,6 +22,9 @@ def check_sums(sums):
         ways = ("stored", "duplicates", "dead_lettered", "spooled", "dropped", "returned", "in_flight")
         went = sum(_total(consumer[way]) for way in ways)
         assert came == went, f"the consumer's sums do not add up, {came} came and {went} went: {consumer}"
+        in_mongodb = sum(_total(consumer[way]) for way in ("stored", "duplicates", "dead_lettered"))
+        if "batches" in consumer:  # the drain's as well
+            assert in_mongodb <= consumer["batches"] * consumer["largest_batch"], f"batches that nobody counted: {consumer}"
     publisher = sums.get("publisher")
     if publisher:
         went = publisher["acked"] + publisher["failed"] + publisher["unacknowledged"]

@@ -3,8 +3,10 @@
 import re
 import subprocess
 
-from processes import ROOT
+import clients
+from processes import ROOT, wait_until
 from service import BUILD
+from test_http import parse, request, scrape, watched  # noqa: F401 (a fixture, found by name)
 
 README = (ROOT / "README.md").read_text()
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -63,6 +65,52 @@ def test_every_reason_of_a_dead_letter_is_documented():
     assert {"payload_too_large", "unique_index"} <= reasons
     for reason in reasons:
         assert f"`{reason}`" in README, reason
+
+
+def table_of(section, head):
+    """The names in the first column of the table that begins with `head`, in a section of docs/operation.md."""
+    text = (ROOT / "docs" / "operation.md").read_text().partition(f"\n## {section}\n")[2].partition("\n## ")[0]
+    table = re.search(rf"^\| {head} \|[^\n]*\n\|---\|---\|\n((?:\|[^\n]*\n)+)", text, re.M)
+    assert table, f"no table {head} in {section}"
+    return [name for row in table[1].splitlines() for name in re.findall(r"`([a-z0-9_]+)(?:\{[a-z]+\})?`", row.split("|")[1])]
+
+
+def test_the_sums_and_metrics_are_those_of_the_documents(watched, mosquitto):
+    """What it prints and what /metrics says, name by name: no term without a word about it, none that is not there."""
+    broker = mosquitto(extra=["sys_interval 1"])
+    running = watched(broker=broker)
+    wait_until(lambda: "broker_dropped_messages" in scrape(running.http_port), what="the broker has told")
+    families = re.findall(r"^# TYPE mqtt2mongo_(\w+) ", request(running.http_port, "/metrics").text, re.M)
+    asked = running.sums()
+    assert running.stop().keys() == asked.keys() == {"consumer", "publisher", "loop"}
+    told = watched(broker=broker, ready=False, **{"publisher.count": 20}).finish()
+    assert told.keys() == {*asked, "check"}
+    for part, terms in told.items():
+        assert sorted(table_of("The sums", part)) == sorted(terms), part
+        assert part == "check" or asked[part].keys() == terms.keys()
+    assert sorted(table_of("Watching it", "metric")) == sorted(families)
+    equation = (ROOT / "docs" / "operation.md").read_text().partition("\n## The sums\n")[2].partition("\n| consumer")[0]
+    assert set(re.findall(r"[a-z_]+(?= [+=]|\n)", equation[equation.index("    received"):])) <= set(told["consumer"])
+
+
+def test_a_retained_deletion_raises_no_alert(watched, mosquitto):
+    """The rule of docs/operation.md, read as Prometheus would: an empty payload deletes a retained message, JSON that is none is bad."""
+    rule = re.search(r"expr: .*increase\(mqtt2mongo_dead_lettered_total(\{.*?\})?\[", (ROOT / "docs" / "operation.md").read_text())
+    excluded = set(re.findall(r'reason!="([a-z_]+)"', rule[1] or ""))
+
+    def firing():
+        reasons = parse(request(running.http_port, "/metrics").text)["mqtt2mongo_dead_lettered_total"]
+        return {dict(labels)["reason"]: count for labels, count in reasons.items() if count and dict(labels)["reason"] not in excluded}
+
+    broker = mosquitto()
+    running = watched(broker=broker, role="consumer")
+    clients.publish(broker.port, ["{}", ""], "sensors/gone", retain=True)
+    wait_until(lambda: scrape(running.http_port)["dead_lettered_total"] == 1, what="the deletion is a dead letter")
+    assert not firing()
+    clients.publish(broker.port, ["{"])
+    wait_until(firing, what="the alert fires")
+    assert firing() == {"invalid_json": 1}
+    running.stop()
 
 
 def test_every_metric_is_documented():

@@ -119,6 +119,46 @@ def test_check_with_a_database_user_who_may_not_write(mosquitto, fresh_mongod, s
     assert re.search("^database +failed.*readWrite", said, re.M), said
 
 
+@pytest.mark.parametrize("rule", [None, "/n"])
+def test_a_time_series_collection(mosquitto, mongod, mongo, service, database, rule):
+    """MongoDB does not keep _id unique there: with consumer.id an error, in the check and in the log of the service; else a warning.
+    An ordinary collection, or none yet, is not mentioned."""
+    broker = mosquitto()
+    settings = {"consumer.collection": "series", **({"consumer.id": f'["{rule}"]'} if rule else {})}
+    said, _ = check(service, broker=broker, mongod=mongod, database=database, settings=settings)
+    assert "time-series" not in said
+    mongo[database].create_collection("series", timeseries={"timeField": "received_at", "metaField": "topic"})
+    mongo[database].create_collection("ordinary")
+    said, _ = check(service, broker=broker, mongod=mongod, database=database, settings=settings, expect=1 if rule else 0)
+    wanted = rf"failed: .*, but {database}.series is .*leave out consumer.id$" if rule else rf"warning: {database}.series is "
+    assert re.search(f"^database +{wanted}", said, re.M), said
+    said, _ = check(service, broker=broker, mongod=mongod, database=database, settings={**settings, "consumer.collection": "ordinary"})
+    assert "time-series" not in said
+
+    running = service(broker=broker, mongod=mongod, database=database, settings=settings)
+    running.wait_log("subscribed to")
+    running.wait_log("is a time-series collection")
+    clients.publish(broker.port, ['{"n": 1}', '{"n": 1}'])
+    running.wait_stored(2)
+    running.stop()
+    about = [record["level"] for record in running.records if "time-series" in record["message"]]
+    assert about == ["error" if rule else "warn"]
+    assert mongo[database].series.count_documents({}) == 2
+
+
+def test_a_time_series_collection_of_a_mongodb_that_comes_later(mosquitto, fresh_mongod, service):
+    """It is looked at when MongoDB answers for the first time."""
+    broker, server = mosquitto(), fresh_mongod()
+    server.client().mqtt2mongo.create_collection("messages", timeseries={"timeField": "received_at"})
+    server.stop()
+    running = service(broker=broker, mongod=server, settings={"consumer.id": "topic"})
+    running.wait_log("MongoDB does not answer")
+    assert "time-series" not in running.log
+    server.restart()
+    running.wait_log("is a time-series collection")
+    running.stop()
+
+
 def test_check_does_not_disturb_a_running_service(mosquitto, mongod, service, database):
     broker = mosquitto()
     running = consuming(service(broker=broker, mongod=mongod, database=database, role="both",

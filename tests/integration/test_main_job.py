@@ -14,6 +14,7 @@ import pytest
 
 import clients
 from processes import TIME_FACTOR, wait_until
+from servers import mosquittos
 
 DYNAMIC_SECURITY = "/usr/lib/x86_64-linux-gnu/mosquitto_dynamic_security.so"
 
@@ -345,6 +346,55 @@ def test_messages_wait_while_the_consumer_is_away(mosquitto, mongod, service, da
     running.wait_log("session resumed")
     assert running.stop()["consumer"]["received"] == 3000
     assert sorted(document["payload"]["n"] for document in collection.find()) == list(range(3000))
+
+
+def test_qos_0_waits_too_with_the_recommended_broker(mosquitto, mongod, service, database, collection):
+    """mosquitto's default drops what was sent at QoS 0 to a session that is away, in silence."""
+    broker = mosquitto()
+    running = consuming(service(broker=broker, mongod=mongod, database=database))
+    running.stop()
+    clients.publish(broker.port, 100, qos=0)
+    assert len(clients.publish(broker.port, 1, "sensors/last")) == 1
+    running.start()
+    wait_until(lambda: collection.count_documents({"topic": "sensors/last"}), 30, "the last message is stored")
+    sums = running.stop()["consumer"]
+    assert (sums["stored"], sums["received_qos0"]) == (101, 100)
+    assert sorted(document["payload"]["n"] for document in collection.find({"qos": 0})) == list(range(100))
+
+
+def devices(size):
+    """As Zigbee2MQTT's bridge/devices: one JSON list that tells each device with all it can do."""
+    one = {"ieee_address": "0x00158d0001a2b3c4", "type": "EndDevice", "definition": {"vendor": "Xiaomi", "exposes": [
+        {"type": "numeric", "name": "battery", "unit": "%", "value_min": 0, "value_max": 100}]}}
+    return json.dumps([one | {"n": number} for number in range(size // (len(json.dumps(one)) + len(', "n": 12345, ')))])
+
+
+@pytest.mark.parametrize("qos", [0, 1])
+def test_a_large_payload_with_the_recommended_broker_and_defaults(mosquitto, mongod, service, database, collection, qos):
+    """1.75 MB in one message, and one of just the limit. With a smaller message_size_limit the broker discards it, and a QoS 1
+    sender of MQTT 5 gets a PUBACK that its library does not know and hangs up on."""
+    for program in mosquittos():
+        broker = mosquitto(program=program)
+        running = consuming(service(broker=broker, mongod=mongod, database=database))
+        payload, largest = devices(1_750_000), '"' + "x" * (4 * 1024 * 1024 - 2) + '"'
+        assert len(payload) > 1_700_000
+        assert clients.publish(broker.port, [payload, largest], "sensors/large", qos=qos) == [payload, largest]
+        running.wait_stored(2)
+        sums = running.stop()["consumer"]
+        assert (sums["received"], sums["dead_lettered"]) == (2, 0)
+        stored = {type(document["payload"]): document["payload"] for document in collection.find({"topic": "sensors/large"})}
+        assert stored == {list: json.loads(payload), str: json.loads(largest)}
+        collection.delete_many({})
+
+
+def test_what_is_too_large_leaves_its_sender_connected(mosquitto):
+    """The recommended broker discards it; the packet's own limit, which throws its sender out, is well above that."""
+    for program in mosquittos():
+        broker = mosquitto(program=program)
+        with clients.Subscriber(broker.port) as subscriber:
+            payloads = ["x" * (5 * 1024 * 1024), "behind"]
+            assert clients.publish(broker.port, payloads, qos=0, protocol=4) == payloads
+            assert [message.payload for message in subscriber.wait(1)] == [b"behind"]
 
 
 def test_a_filter_that_is_no_longer_configured(mosquitto, mongod, service, database, collection):

@@ -339,6 +339,20 @@ def test_what_mongodb_refuses(mosquitto, mongod, service, database, collection, 
             assert re.search(r"payload\.key", letter["reason"]["message"])
 
 
+@pytest.mark.not_sanitized("it is about memory")
+def test_memory_with_the_largest_payloads(mosquitto, mongod, service, database, collection):
+    """40 × 4 MiB, the most that the defaults let in: as docs/operation.md says, and not by the number of messages."""
+    broker = mosquitto()
+    running = consuming(service(broker=broker, mongod=mongod, database=database))
+    text = b'"' + b"x" * (4 * MIB - 2) + b'"'
+    assert len(clients.publish(broker.port, [text] * 40, "sensors/large", window=20)) == 40
+    running.wait_stored(40)
+    peak = running.rss_peak()
+    running.stop()
+    assert collection.count_documents({}) == 40
+    assert peak <= 80 * MIB, f"{peak / MIB:.1f} MiB"
+
+
 @pytest.mark.timeout(180)
 @pytest.mark.not_sanitized("it is about memory")
 def test_memory_with_payloads_that_grow(mosquitto, mongod, service, database, collection, capsys):

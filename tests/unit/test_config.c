@@ -149,7 +149,7 @@ static void defaults(void **state)
 	assert_string_equal(config.consumer.collection, "messages");
 	assert_string_equal(config.consumer.dead_letter, "dead_letter");
 	assert_int_equal(config.consumer.workers, 2);
-	assert_int_equal(config.consumer.max_payload, 1 << 20);
+	assert_int_equal(config.consumer.max_payload, 4 << 20);
 	assert_int_equal(config.consumer.batch_count, 4096);
 	assert_int_equal(config.consumer.batch_bytes, 8 << 20);
 	assert_string_equal(config.publisher.topic, "sensors/{device}/readings");
@@ -462,8 +462,8 @@ static void syntax_errors_have_a_place(void **state)
 static void wrong_types(void **state)
 {
 	refuses_file("{\"mqtt\": {\"port\": \"1883\"}}",
-	             "1: mqtt.port: is a text, must be a whole number, without quotes");
-	refuses_file("{\"mqtt\":\n{\"host\":\n\n5}}", "2: mqtt.host: is a number, must be a text in quotes");
+	             "1: mqtt.port: is \"1883\", must be a whole number, without quotes");
+	refuses_file("{\"mqtt\":\n{\"host\":\n\n5}}", "2: mqtt.host: is 5, must be a text in quotes");
 	refuses_file("{\"mqtt\": {\"host\": null}}",
 	             "1: mqtt.host: is null; give a value or leave it out to get the default");
 	refuses_file("{\"mqtt\": {\"host\": {\"a\": 1}, \n\"x\": 2}}",
@@ -473,11 +473,18 @@ static void wrong_types(void **state)
 	             "1: mqtt.host: is a list, must be a text in quotes");
 	assert_says("a.json:2: unknown key \"mqtt.x\"");
 	refuses_file("{\"mqtt\": {\"keepalive\": 60}}", "1: mqtt.keepalive: 60 has no unit, write \"60s\" or \"60ms\"");
-	refuses_file(
-	    "{\"mqtt\": {\"keepalive\": true}}",
-	    "1: mqtt.keepalive: is true or false, must be a duration, as in \"500ms\", \"30s\", \"5min\", \"7d\"");
+	refuses_file("{\"mqtt\": {\"keepalive\": true}}",
+	             "1: mqtt.keepalive: is true, must be a duration, as in \"500ms\", \"30s\", \"5min\", \"7d\"");
 	refuses_file("{\"mongodb\": {\"write_concern\": {\"j\": \"true\"}}}",
-	             "1: mongodb.write_concern.j: is a text, must be true or false, without quotes");
+	             "1: mongodb.write_concern.j: is \"true\", must be true or false, without quotes");
+	refuses_file("{\"mqtt\": {\"port\": \"mqtt://u:s3cret@h\"}}",
+	             "1: mqtt.port: is \"mqtt://***@h\", must be a whole number, without quotes");
+	assert_null(strstr(said, "s3cret"));
+	refuses_file("{\"mqtt\": {\"password\": 5318008}}", "1: mqtt.password: is a number, must be a text in quotes");
+	assert_null(strstr(said, "5318008"));
+	refuses_file("{\"mqtt\": {\"password\": [\"s3cret\"]}}",
+	             "1: mqtt.password: is a list, must be a text in quotes");
+	assert_null(strstr(said, "s3cret"));
 	refuses_file("{\"mqtt\": \"x\"}", "1: mqtt is a section, must be an object: \"mqtt\": { … }");
 	refuses_file("{\"mqtt.host\": \"x\"}",
 	             "1: \"mqtt.host\" must be nested, one object for each dot, as in \"mqtt\": { "
@@ -615,8 +622,10 @@ static void crossed_values(void **state)
 {
 	refuses("--role|both|--mqtt-reconnect-min|31s", "--mqtt-reconnect-min: is longer than mqtt.reconnect.max");
 	accepts("--role|both|--mqtt-reconnect-min|30s");
-	refuses("--role|both|--consumer-batch-bytes|64KiB",
+	refuses("--role|both|--consumer-batch-bytes|64KiB|--consumer-max-payload|4MiB",
 	        "--consumer-batch-bytes: is less than consumer.max_payload");
+	accepts("--role|both|--consumer-batch-bytes|64KiB"); /* beside the default: one message always fits */
+	assert_int_equal(config.consumer.batch_bytes, 64 << 10);
 	warns("--role|both|--mqtt-protocol|3.1.1|--mqtt-session-expiry|1d",
 	      "--mqtt-session-expiry: has no effect with MQTT 3.1.1, there the broker decides");
 	warns("--role|both|--mqtt-protocol|3.1.1|--mqtt-receive-maximum|1", "--mqtt-receive-maximum: has no effect");
@@ -699,21 +708,21 @@ static void ids_that_are_none(void **state)
 	refuses("--role|both|--consumer-id|topic,", "--consumer-id: \"\" is no part");
 	refuses("--role|both|--consumer-id|[]", "--consumer-id: the list is empty");
 	refuses("--role|both|--consumer-id|[\"topic\"", "--consumer-id: is no list in JSON");
-	refuses("--role|both|--consumer-id|[\"topic\",5]", "--consumer-id: is a list with something else");
+	refuses("--role|both|--consumer-id|[\"topic\",5]", "--consumer-id: item 2 of the list is no text in quotes");
 	refuses("--role|both|--consumer-id|[\"/a\\u0000b\"]", "--consumer-id: holds a NUL");
 	refuses("--role|both|--consumer-id|topic,/topic", "--consumer-id: \"/topic\": another part is named \"topic\"");
 	refuses("--role|both|--consumer-id|topic,/$a", "MongoDB takes no field");
 	refuses("--role|both|--consumer-id|/a~b", "~0");
 	refuses_file("{\n\"consumer\": {\"id\": 5}}",
-	             "2: consumer.id: is a number, must be a list of texts in quotes, as in [\"a\", \"b\"]");
+	             "2: consumer.id: is 5, must be a list of texts in quotes, as in [\"a\", \"b\"]");
 	refuses_file("{\"consumer\": {\"id\": {\"a\": [1]}}, \"role\": \"both\"}",
 	             "1: consumer.id: is an object, must be a list of texts in quotes, as in [\"a\", \"b\"]");
 	refuses_file("{\"consumer\": {\"id\": \"topic\"}}",
 	             "1: consumer.id: \"topic\" is neither \"objectid\" nor a list, write [\"topic\"]");
 	refuses_file("{\"consumer\": {\n\"id\": [\"topic\",\n[\"/a\"]]}}",
-	             "2: consumer.id: is a list with something else than texts in quotes");
+	             "2: consumer.id: item 2 of the list is no text in quotes");
 	refuses_file("{\"consumer\": {\"id\": [{\"a\": 1}], \"topic\": \"a\", \"qso\": 1}}",
-	             "1: consumer.id: is a list with something else than texts in quotes");
+	             "1: consumer.id: item 1 of the list is no text in quotes");
 	assert_says("qso");
 	refuses_file("{\"consumer\": {\"id\": [\"/a\\u0000\"]}}",
 	             "1: consumer.id: holds a NUL character (\\u0000), take it out");
@@ -948,7 +957,7 @@ static void where_to_listen(void **state)
 	refuses("--role|both|--http-listen|http://127.0.0.1:80/", "is a URL, write address and port only");
 	refuses("--role|both|--http-listen|::1:80", "write an IPv6 address in brackets, as in [::1]:9641");
 	refuses("--role|both|--http-listen|[::1:80", "has no ] before the port");
-	refuses_file("{ \"http\": { \"listen\": 9641 } }", "1: http.listen: is a number, must be a text in quotes");
+	refuses_file("{ \"http\": { \"listen\": 9641 } }", "1: http.listen: is 9641, must be a text in quotes");
 }
 
 static void version(void **state)

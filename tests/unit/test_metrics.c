@@ -510,9 +510,20 @@ static void prometheus_describes_every_family(void **state)
 	free(text);
 }
 
+static void batches_and_the_largest(void **state)
+{
+	struct metrics_consumer consumer = {0};
+	metrics_count_batch(&consumer, 5);
+	metrics_count_batch(&consumer, 4096);
+	metrics_count_batch(&consumer, 1);
+	assert_int_equal(consumer.batches, 3);
+	assert_int_equal(consumer.largest_batch, 4096);
+}
+
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
+	    cmocka_unit_test(batches_and_the_largest),
 	    cmocka_unit_test(totals),
 	    cmocka_unit_test(in_flight_is_what_is_in_no_other_term),
 	    cmocka_unit_test(unacknowledged),
