@@ -23,7 +23,8 @@ enum question { NO_QUESTION, ASKED_DROPPED, ASKED_VERSION };
 struct broker {
 	void *owner;
 	bool shares;
-	struct mqtt *mqtt; /* NULL: closed for good */
+	struct mqtt *mqtt;
+	bool closed; /* for good: by itself, or stopped */
 	uint64_t dropped;
 	bool known;
 	size_t held;
@@ -37,10 +38,11 @@ struct broker {
 static void mqtt_closed(void *context)
 {
 	struct broker *broker = context;
-	broker->mqtt = NULL;
+	broker->closed = true;
 	if (broker->stopped == NULL) /* it has ended by itself */
 		return;
 	broker->stopped(broker->owner);
+	mqtt_free(broker->mqtt);
 	free(broker);
 }
 
@@ -174,13 +176,13 @@ const uint64_t *broker_dropped(const struct broker *broker)
 
 bool broker_is_up(const struct broker *broker)
 {
-	return broker->mqtt != NULL && mqtt_is_up(broker->mqtt);
+	return mqtt_is_up(broker->mqtt);
 }
 
 void broker_stop(struct broker *broker, void (*stopped)(void *owner))
 {
 	broker->stopped = stopped;
-	if (broker->mqtt == NULL) {
+	if (broker->closed) {
 		mqtt_closed(broker);
 		return;
 	}

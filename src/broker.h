@@ -32,7 +32,8 @@ const uint64_t *broker_dropped(const struct broker *broker);
 /* Connected to the broker. */
 bool broker_is_up(const struct broker *broker);
 
-/* Disconnect at once. `stopped` is called when everything is closed, and then the memory is gone. */
+/* Disconnect at once. From this call on nothing else may be asked of it. `stopped` is called when everything is closed,
+ * and then the memory is gone. */
 void broker_stop(struct broker *broker, void (*stopped)(void *owner));
 
 #endif

@@ -46,6 +46,7 @@ static void close_handle(uv_handle_t *handle, void *context)
 static void mqtt_closed(void *owner)
 {
 	struct inspection *inspection = owner;
+	mqtt_free(inspection->mqtt);
 	uv_walk(&inspection->loop, close_handle, NULL);
 }
 

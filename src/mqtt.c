@@ -118,7 +118,7 @@ struct mqtt {
 };
 
 static void finish_close(struct mqtt *mqtt);
-static void free_when_closed(struct mqtt *mqtt);
+static void tell_when_closed(struct mqtt *mqtt);
 static void close_gracefully(struct mqtt *mqtt);
 static void read_burst(struct mqtt *mqtt);
 static void update_poll(struct mqtt *mqtt);
@@ -137,7 +137,7 @@ static void link_closed(uv_handle_t *handle)
 	close(link->fd);
 	free(link);
 	mqtt->handles--;
-	free_when_closed(mqtt);
+	tell_when_closed(mqtt);
 }
 
 static void drop_link(struct mqtt *mqtt)
@@ -914,7 +914,7 @@ static void probe_closed(uv_handle_t *handle)
 	struct mqtt *mqtt = probe->mqtt;
 	free(probe);
 	mqtt->handles--;
-	free_when_closed(mqtt);
+	tell_when_closed(mqtt);
 }
 
 static void drop_probe(struct mqtt *mqtt)
@@ -1093,6 +1093,8 @@ void mqtt_connect(struct mqtt *mqtt)
 
 void mqtt_subscribe(struct mqtt *mqtt, const char *filter, int qos)
 {
+	if (mqtt->state != UP || mqtt->closing)
+		return;
 	int result = mosquitto_subscribe_v5(mqtt->client, NULL, filter, qos, MQTT_SUB_OPT_SEND_RETAIN_NEW, NULL);
 	if (result != MOSQ_ERR_SUCCESS) {
 		char why[REASON_TEXT];
@@ -1103,7 +1105,8 @@ void mqtt_subscribe(struct mqtt *mqtt, const char *filter, int qos)
 
 bool mqtt_unsubscribe(struct mqtt *mqtt, const char *filter)
 {
-	return mosquitto_unsubscribe_v5(mqtt->client, NULL, filter, NULL) == MOSQ_ERR_SUCCESS;
+	return mqtt->state == UP && !mqtt->closing &&
+	       mosquitto_unsubscribe_v5(mqtt->client, NULL, filter, NULL) == MOSQ_ERR_SUCCESS;
 }
 
 int mqtt_publish(struct mqtt *mqtt, const char *topic, const void *payload, size_t length, int qos)
@@ -1148,23 +1151,26 @@ void mqtt_give_up(struct mqtt *mqtt, const char *why)
 
 /* After each handle that has closed. One of an earlier connection, or a probe, may do so while a job of the next one
  * runs: only finish_close() ends the client. */
-static void free_when_closed(struct mqtt *mqtt)
+static void tell_when_closed(struct mqtt *mqtt)
+{
+	if (mqtt->state == CLOSED && mqtt->handles == 0)
+		mqtt->closed(mqtt->owner); /* may free it */
+}
+
+void mqtt_free(struct mqtt *mqtt)
 {
 	if (mqtt->state != CLOSED || mqtt->handles > 0)
-		return;
-	void (*closed)(void *) = mqtt->closed;
-	void *owner = mqtt->owner;
+		abort(); /* libuv would go on using it */
 	free(mqtt->client_id);
 	free(mqtt->address);
 	free(mqtt);
-	closed(owner);
 }
 
 static void handle_closed(uv_handle_t *handle)
 {
 	struct mqtt *mqtt = handle->data;
 	mqtt->handles--;
-	free_when_closed(mqtt);
+	tell_when_closed(mqtt);
 }
 
 /* While closing: no job of ours runs any more. The owner may close from handler->down, so what ended the connection may

@@ -519,6 +519,51 @@ def test_what_is_sent_again_on_a_live_connection_says_dup(service, fresh_mongod)
     assert sums["consumer"]["redelivered"] == 1
 
 
+# ---- a broker that answers a part while another one ends
+
+
+class _Late(peers.Peer):
+    """A broker that answers the consumer's SUBSCRIBE only when the publisher disconnects, and then so often that the consumer has
+    answers to read in every turn of the loop in which the publisher comes to its end."""
+
+    ANSWERS = 20_000
+
+    def __init__(self):
+        super().__init__(self._serve)
+        self.subscribed = None  # (connection, SUBACK) of the consumer
+
+    def _serve(self, connection, _ending):
+        with connection.makefile("rb") as stream:
+            publishes = False
+            while first := stream.read(1):
+                body = stream.read(stream.read(1)[0])  # all are short: one byte of length
+                if first[0] >> 4 == peers.CONNECT:
+                    publishes = body.endswith(b"-pub")
+                    connection.sendall(CONNACK)
+                elif first[0] >> 4 == peers.SUBSCRIBE:
+                    self.subscribed = connection, b"\x90\x04" + body[:2] + b"\0\x01"
+                elif first[0] >> 4 == peers.DISCONNECT:
+                    break
+        if publishes:
+            consumer, answer = self.subscribed
+            consumer.sendall(answer * self.ANSWERS)
+        # Peer hangs up
+
+
+def test_stopping_while_the_consumer_is_being_subscribed(service, mongod, database):
+    """What the consumer hears while the publisher stops must not reach the publisher any more: parts of it are gone by then."""
+    with _Late() as broker:
+        running = service(started=False, broker=broker, mongod=mongod, database=database, role="both", settings=IMPATIENT)
+        for _ in range(3):
+            broker.subscribed = None
+            mark = running.mark()
+            running.start()
+            running.wait_log("publisher: connected to", after=mark)
+            wait_until(lambda: broker.subscribed, what=lambda: f"the consumer subscribes\n{running.tail()}")
+            running.stop()
+            assert "subscribed to" in running.log[mark:], "the answers came too late"
+
+
 # ---- a stall over TLS
 
 
