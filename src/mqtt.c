@@ -113,6 +113,7 @@ struct mqtt {
 	int job_result, job_errno;
 
 	bool closing;
+	bool goodbye; /* DISCONNECT has left; what remains is to wait for the broker */
 	void (*closed)(void *owner);
 	int handles;
 };
@@ -507,14 +508,21 @@ static void on_disconnect(struct mosquitto *client, void *context, int reason, c
 char *mqtt_user_property(const struct mqtt_message *message, const char *name)
 {
 	const mosquitto_property *property = message->properties;
-	char *found, *value;
 	bool again = false;
-	while ((property = mosquitto_property_read_string_pair(property, MQTT_PROP_USER_PROPERTY, &found, &value,
-	                                                       again)) != NULL) {
-		bool wanted = strcmp(found, name) == 0;
+	/* Asked for no copies it returns NULL only where there is none. */
+	while ((property = mosquitto_property_read_string_pair(property, MQTT_PROP_USER_PROPERTY, NULL, NULL, again)) !=
+	       NULL) {
+		char *found, *value;
+		if (mosquitto_property_read_string_pair(property, MQTT_PROP_USER_PROPERTY, &found, &value, false) ==
+		    NULL) {
+			log_error("mqtt", "out of memory for a user property of a message");
+			abort(); /* without it the message would get another _id */
+		}
+		/* 2.1 has NULL for an empty text. */
+		bool wanted = strcmp(found != NULL ? found : "", name) == 0;
 		free(found);
 		if (wanted)
-			return value;
+			return value != NULL ? value : memory_string("");
 		free(value);
 		again = true;
 	}
@@ -697,10 +705,10 @@ static void on_poll(uv_poll_t *poll, int status, int events)
 	if (status < 0)
 		mqtt->mask = 0; /* libuv has stopped the handle */
 	if (mqtt->state == CLOSING) {
-		if (mosquitto_socket(mqtt->client) != -1)
-			send_disconnect(mqtt);
-		else
+		if (mqtt->goodbye)
 			drain_after_disconnect(mqtt);
+		else
+			send_disconnect(mqtt);
 		return;
 	}
 	if ((events & UV_DISCONNECT) && !(events & UV_READABLE)) {
@@ -1192,21 +1200,26 @@ static void close_timed_out(uv_timer_t *timer)
 	finish_close(container_of(timer, struct mqtt, timer));
 }
 
-/* Write what is queued and DISCONNECT behind it; then the library closes its descriptor and ours remains. */
+/* Write what is queued and DISCONNECT behind it. Then 2.0 closes its descriptor, and ours remains; 2.1 shuts the socket
+ * down for writing and keeps the packet queued, so that the queue says nothing. What has not left yet is told by the
+ * kernel's EAGAIN alone. */
 static void send_disconnect(struct mqtt *mqtt)
 {
+	errno = 0;
 	mqtt->in_library = true;
 	int result = mosquitto_loop_write(mqtt->client, 1);
+	int error = errno;
 	mqtt->in_library = false;
-	if (mosquitto_socket(mqtt->client) == -1) {
+	mqtt->goodbye = mosquitto_socket(mqtt->client) == -1 || (error != EAGAIN && error != EINTR);
+	if (result != MOSQ_ERR_SUCCESS) {
+		finish_close(mqtt);
+	} else if (mqtt->goodbye) {
 		/* Closing with unread PUBLISHes would send a reset, which may destroy PUBACKs under way: say that we
 		 * are done, and read what still comes until the broker hangs up. */
 		shutdown(mqtt->link->fd, SHUT_WR);
 		uv_poll_start(&mqtt->link->poll, UV_READABLE, on_poll);
-	} else if (result == MOSQ_ERR_SUCCESS) {
-		uv_poll_start(&mqtt->link->poll, UV_WRITABLE, on_poll);
 	} else {
-		finish_close(mqtt);
+		uv_poll_start(&mqtt->link->poll, UV_WRITABLE, on_poll);
 	}
 }
 

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pymongo
@@ -44,6 +45,19 @@ def shared_broker():
     candidates = (os.environ.get("MQTT2MONGO_MOSQUITTO_SHARED"), _program("MQTT2MONGO_MOSQUITTO", "mosquitto"),
                   ROOT / "build" / "mosquitto-backports" / "mosquitto")
     return next((str(each) for each in candidates if each and (version_of(each) or ()) >= SHARES), None)
+
+
+_IS_NEXT = "import ctypes, sys; sys.exit(ctypes.CDLL('libmosquitto.so.1').mosquitto_lib_version(None, None, None) < 2_001_000)"
+
+
+def next_library():
+    """The environment with which a program loads a libmosquitto from 2.1 on, as scripts/setup.sh finds one; None without one."""
+    candidates = (os.environ.get("MQTT2MONGO_LIBMOSQUITTO_NEXT"), ROOT / "build" / "libmosquitto-next" / "lib")
+    for environment in [{}, *({"LD_LIBRARY_PATH": str(each)} for each in candidates if each)]:
+        if subprocess.run([sys.executable, "-c", _IS_NEXT], env=os.environ | environment, capture_output=True, check=False,
+                          timeout=10).returncode == 0:
+            return environment
+    return None
 
 
 def _start_listening(process, argv_for_port, port, timeout):
