@@ -110,6 +110,7 @@ struct mqtt {
 	struct probe *probe;
 	char numeric[NI_MAXHOST];
 	uv_work_t job;
+	mosquitto_property *asked; /* of CONNECT; the job's while it runs */
 	int job_result, job_errno;
 
 	bool closing;
@@ -128,6 +129,24 @@ static enum log_level level(const struct mqtt *mqtt, enum log_level usual)
 {
 	return mqtt->quiet ? LOG_LEVEL_DEBUG : usual;
 }
+
+/* ---- what the library says must not be ignored: the compiler sees to it ---- */
+
+#define CHECKED __attribute__((warn_unused_result))
+__typeof__(mosquitto_threaded_set) mosquitto_threaded_set CHECKED;
+__typeof__(mosquitto_int_option) mosquitto_int_option CHECKED;
+__typeof__(mosquitto_username_pw_set) mosquitto_username_pw_set CHECKED;
+__typeof__(mosquitto_tls_set) mosquitto_tls_set CHECKED;
+__typeof__(mosquitto_tls_insecure_set) mosquitto_tls_insecure_set CHECKED;
+__typeof__(mosquitto_property_add_int32) mosquitto_property_add_int32 CHECKED;
+__typeof__(mosquitto_connect_bind_v5) mosquitto_connect_bind_v5 CHECKED;
+__typeof__(mosquitto_subscribe_v5) mosquitto_subscribe_v5 CHECKED;
+__typeof__(mosquitto_unsubscribe_v5) mosquitto_unsubscribe_v5 CHECKED;
+__typeof__(mosquitto_publish_v5) mosquitto_publish_v5 CHECKED;
+__typeof__(mosquitto_disconnect_v5) mosquitto_disconnect_v5 CHECKED;
+__typeof__(mosquitto_loop_read) mosquitto_loop_read CHECKED;
+__typeof__(mosquitto_loop_write) mosquitto_loop_write CHECKED;
+__typeof__(mosquitto_loop_misc) mosquitto_loop_misc CHECKED;
 
 /* ---- the end of a connection ---- */
 
@@ -756,11 +775,31 @@ static int set_tls(struct mosquitto *client, const struct config_tls *tls)
 		directory = getenv(X509_get_default_cert_dir_env());
 		if (directory == NULL)
 			directory = X509_get_default_cert_dir();
-		mosquitto_int_option(client, MOSQ_OPT_TLS_USE_OS_CERTS, 1);
 	}
-	int result = mosquitto_tls_set(client, tls->ca, directory, tls->cert, tls->key, no_passphrase);
+	int result = MOSQ_ERR_SUCCESS;
+	if (tls->ca == NULL)
+		result = mosquitto_int_option(client, MOSQ_OPT_TLS_USE_OS_CERTS, 1);
+	if (result == MOSQ_ERR_SUCCESS)
+		result = mosquitto_tls_set(client, tls->ca, directory, tls->cert, tls->key, no_passphrase);
 	if (result == MOSQ_ERR_SUCCESS && tls->insecure)
 		result = mosquitto_tls_insecure_set(client, true);
+	return result;
+}
+
+static int set_options(struct mosquitto *client, const struct config_mqtt *config)
+{
+	const struct {
+		enum mosq_opt_t option;
+		int value;
+	} options[] = {
+	    {MOSQ_OPT_PROTOCOL_VERSION, config->protocol == 5 ? MQTT_PROTOCOL_V5 : MQTT_PROTOCOL_V311},
+	    {MOSQ_OPT_RECEIVE_MAXIMUM, config->receive_maximum},
+	    {MOSQ_OPT_SEND_MAXIMUM, SEND_MAXIMUM},
+	    {MOSQ_OPT_TCP_NODELAY, 1},
+	};
+	int result = mosquitto_threaded_set(client, true); /* packets leave only in mosquitto_loop_write() */
+	for (size_t i = 0; i < sizeof options / sizeof *options && result == MOSQ_ERR_SUCCESS; i++)
+		result = mosquitto_int_option(client, options[i].option, options[i].value);
 	return result;
 }
 
@@ -768,20 +807,14 @@ static int configure_client(struct mqtt *mqtt)
 {
 	const struct config_mqtt *config = mqtt->config;
 	struct mosquitto *client = mqtt->client;
-	mosquitto_threaded_set(client, true); /* packets leave only in mosquitto_loop_write() */
 	mosquitto_connect_v5_callback_set(client, on_connect);
 	mosquitto_disconnect_v5_callback_set(client, on_disconnect);
 	mosquitto_message_v5_callback_set(client, on_message);
 	mosquitto_subscribe_v5_callback_set(client, on_subscribe);
 	mosquitto_unsubscribe_v5_callback_set(client, on_unsubscribe);
 	mosquitto_publish_v5_callback_set(client, on_publish);
-	mosquitto_int_option(client, MOSQ_OPT_PROTOCOL_VERSION,
-	                     config->protocol == 5 ? MQTT_PROTOCOL_V5 : MQTT_PROTOCOL_V311);
-	mosquitto_int_option(client, MOSQ_OPT_RECEIVE_MAXIMUM, config->receive_maximum);
-	mosquitto_int_option(client, MOSQ_OPT_SEND_MAXIMUM, SEND_MAXIMUM);
-	mosquitto_int_option(client, MOSQ_OPT_TCP_NODELAY, 1);
-	int result = MOSQ_ERR_SUCCESS;
-	if (config->username != NULL || config->password != NULL)
+	int result = set_options(client, config);
+	if (result == MOSQ_ERR_SUCCESS && (config->username != NULL || config->password != NULL))
 		result = mosquitto_username_pw_set(client, config->username, config->password);
 	if (result == MOSQ_ERR_SUCCESS && config->tls.enabled)
 		result = set_tls(client, &config->tls);
@@ -872,25 +905,21 @@ static void connect_work(uv_work_t *job)
 {
 	struct mqtt *mqtt = container_of(job, struct mqtt, job);
 	const struct config_mqtt *config = mqtt->config;
-	mosquitto_property *properties = NULL;
-	if (config->protocol == 5 && !mqtt->clean_start)
-		mosquitto_property_add_int32(&properties, MQTT_PROP_SESSION_EXPIRY_INTERVAL,
-		                             (uint32_t)(config->session_expiry_ms / 1000));
 	/* TLS checks the certificate against the name it is given here. */
 	const char *host = config->tls.enabled ? config->host : mqtt->numeric;
 	bool first = begin_tls_setup(&config->tls);
 	errno = 0;
 	mqtt->job_result = mosquitto_connect_bind_v5(mqtt->client, host, config->port,
-	                                             (int)(config->keepalive_ms / 1000), NULL, properties);
+	                                             (int)(config->keepalive_ms / 1000), NULL, mqtt->asked);
 	mqtt->job_errno = errno;
 	if (first)
 		end_tls_setup(mqtt->job_result == MOSQ_ERR_SUCCESS);
-	mosquitto_property_free_all(&properties);
 }
 
 static void connect_done(uv_work_t *job, int status)
 {
 	struct mqtt *mqtt = container_of(job, struct mqtt, job);
+	mosquitto_property_free_all(&mqtt->asked);
 	if (attempt_ended(mqtt))
 		return;
 	if (status < 0 || mqtt->job_result != MOSQ_ERR_SUCCESS) {
@@ -902,15 +931,28 @@ static void connect_done(uv_work_t *job, int status)
 	adopt_socket(mqtt);
 }
 
+static bool add_expiry(mosquitto_property **properties, int64_t seconds)
+{
+	return mosquitto_property_add_int32(properties, MQTT_PROP_SESSION_EXPIRY_INTERVAL, (uint32_t)seconds) ==
+	       MOSQ_ERR_SUCCESS;
+}
+
 static void start_job(struct mqtt *mqtt)
 {
+	const struct config_mqtt *config = mqtt->config;
 	mqtt->state = CONNECTING;
 	mqtt->library[0] = 0;
 	mqtt->refusal[0] = 0;
-	if (make_client(mqtt)) {
-		listen_to_log(mqtt, true); /* also for what goes wrong */
-		uv_queue_work(mqtt->loop, &mqtt->job, connect_work, connect_done);
+	if (!make_client(mqtt))
+		return;
+	/* Connected without it the session, and what the broker has queued for it, would end with the connection. */
+	if (config->protocol == 5 && !mqtt->clean_start &&
+	    !add_expiry(&mqtt->asked, config->session_expiry_ms / 1000)) {
+		fail(mqtt, "out of memory: cannot ask for mqtt.session_expiry, so not connecting");
+		return;
 	}
+	listen_to_log(mqtt, true); /* also for what goes wrong */
+	uv_queue_work(mqtt->loop, &mqtt->job, connect_work, connect_done);
 }
 
 static void connect_timed_out(uv_timer_t *timer);
@@ -969,10 +1011,14 @@ static void probe_answered(uv_connect_t *request, int status)
 		probe_failed(mqtt, uv_strerror(status));
 		return;
 	}
+	int result = getnameinfo(mqtt->next_address->ai_addr, mqtt->next_address->ai_addrlen, mqtt->numeric,
+	                         sizeof mqtt->numeric, NULL, 0, NI_NUMERICHOST);
+	if (result != 0) {
+		probe_failed(mqtt, gai_strerror(result));
+		return;
+	}
 	drop_probe(mqtt);
 	uv_timer_start(&mqtt->timer, connect_timed_out, time_left(mqtt), 0);
-	getnameinfo(mqtt->next_address->ai_addr, mqtt->next_address->ai_addrlen, mqtt->numeric, sizeof mqtt->numeric,
-	            NULL, 0, NI_NUMERICHOST);
 	forget_addresses(mqtt);
 	start_job(mqtt);
 }
@@ -1099,22 +1145,32 @@ void mqtt_connect(struct mqtt *mqtt)
 	uv_timer_start(&mqtt->timer, start_attempt, reconnect_delay(mqtt), 0);
 }
 
+static void give_up_over(struct mqtt *mqtt, const char *what, int result)
+{
+	char why[REASON_TEXT];
+	snprintf(why, sizeof why, "cannot %s: %s", what, mosquitto_strerror(result));
+	mqtt_give_up(mqtt, why);
+}
+
 void mqtt_subscribe(struct mqtt *mqtt, const char *filter, int qos)
 {
 	if (mqtt->state != UP || mqtt->closing)
 		return;
 	int result = mosquitto_subscribe_v5(mqtt->client, NULL, filter, qos, MQTT_SUB_OPT_SEND_RETAIN_NEW, NULL);
-	if (result != MOSQ_ERR_SUCCESS) {
-		char why[REASON_TEXT];
-		snprintf(why, sizeof why, "cannot subscribe: %s", mosquitto_strerror(result));
-		mqtt_give_up(mqtt, why);
-	}
+	if (result != MOSQ_ERR_SUCCESS)
+		give_up_over(mqtt, "subscribe", result);
 }
 
 bool mqtt_unsubscribe(struct mqtt *mqtt, const char *filter)
 {
-	return mqtt->state == UP && !mqtt->closing &&
-	       mosquitto_unsubscribe_v5(mqtt->client, NULL, filter, NULL) == MOSQ_ERR_SUCCESS;
+	if (mqtt->state != UP || mqtt->closing)
+		return false;
+	int result = mosquitto_unsubscribe_v5(mqtt->client, NULL, filter, NULL);
+	if (result == MOSQ_ERR_INVAL || result == MOSQ_ERR_MALFORMED_UTF8 || result == MOSQ_ERR_OVERSIZE_PACKET)
+		return false;
+	if (result != MOSQ_ERR_SUCCESS)
+		give_up_over(mqtt, "unsubscribe", result); /* so that it stays unanswered, and is sent again */
+	return true;
 }
 
 int mqtt_publish(struct mqtt *mqtt, const char *topic, const void *payload, size_t length, int qos)
@@ -1223,6 +1279,17 @@ static void send_disconnect(struct mqtt *mqtt)
 	}
 }
 
+/* False: it is not queued, for want of memory. */
+static bool queue_disconnect(struct mqtt *mqtt)
+{
+	mosquitto_property *properties = NULL;
+	bool ends = mqtt->ends_session && mqtt->config->protocol == 5;
+	bool queued = (!ends || add_expiry(&properties, 0)) &&
+	              mosquitto_disconnect_v5(mqtt->client, 0, properties) == MOSQ_ERR_SUCCESS;
+	mosquitto_property_free_all(&properties);
+	return queued;
+}
+
 static void close_gracefully(struct mqtt *mqtt)
 {
 	if (mqtt->state != UP || mqtt->held != 0 || mqtt->link == NULL) {
@@ -1232,12 +1299,13 @@ static void close_gracefully(struct mqtt *mqtt)
 	mqtt->state = CLOSING;
 	uv_timer_stop(&mqtt->keepalive);
 	uv_timer_start(&mqtt->timer, close_timed_out, is_consumer(mqtt) ? CLOSE_CONSUMER_MS : CLOSE_MS, 0);
-	mosquitto_property *properties = NULL;
-	if (mqtt->ends_session && mqtt->config->protocol == 5)
-		mosquitto_property_add_int32(&properties, MQTT_PROP_SESSION_EXPIRY_INTERVAL, 0);
-	mosquitto_disconnect_v5(mqtt->client, 0, properties);
-	mosquitto_property_free_all(&properties);
-	send_disconnect(mqtt);
+	if (queue_disconnect(mqtt)) {
+		send_disconnect(mqtt);
+		return;
+	}
+	log_write(level(mqtt, LOG_LEVEL_WARN), "mqtt", "%s: %s: out of memory: closed without DISCONNECT", mqtt->name,
+	          mqtt->address);
+	finish_close(mqtt);
 }
 
 void mqtt_close_session(struct mqtt *mqtt, void (*closed)(void *owner))
