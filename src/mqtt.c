@@ -942,7 +942,6 @@ static void start_job(struct mqtt *mqtt)
 	const struct config_mqtt *config = mqtt->config;
 	mqtt->state = CONNECTING;
 	mqtt->library[0] = 0;
-	mqtt->refusal[0] = 0;
 	if (!make_client(mqtt))
 		return;
 	/* Connected without it the session, and what the broker has queued for it, would end with the connection. */
@@ -1096,6 +1095,7 @@ static void start_attempt(uv_timer_t *timer)
 	snprintf(port, sizeof port, "%d", mqtt->config->port);
 	uv_update_time(mqtt->loop);
 	mqtt->state = RESOLVING;
+	mqtt->refusal[0] = 0;
 	mqtt->deadline = uv_now(mqtt->loop) + (uint64_t)mqtt->config->connect_timeout_ms;
 	uv_timer_start(&mqtt->timer, connect_timed_out, (uint64_t)mqtt->config->connect_timeout_ms, 0);
 	int result = uv_getaddrinfo(mqtt->loop, &mqtt->resolve, on_resolved, mqtt->config->host, port, &hints);
@@ -1196,6 +1196,11 @@ uint64_t mqtt_generation(const struct mqtt *mqtt)
 bool mqtt_is_up(const struct mqtt *mqtt)
 {
 	return mqtt->state == UP;
+}
+
+bool mqtt_was_refused(const struct mqtt *mqtt)
+{
+	return mqtt->refusal[0] != 0;
 }
 
 const char *mqtt_address(const struct mqtt *mqtt)

@@ -117,6 +117,9 @@ void mqtt_give_up(struct mqtt *mqtt, const char *why);
 
 bool mqtt_is_up(const struct mqtt *mqtt);
 
+/* In handler->down: it was the broker that said no, by CONNACK or DISCONNECT. */
+bool mqtt_was_refused(const struct mqtt *mqtt);
+
 /* The host and port of the configuration, for messages. */
 const char *mqtt_address(const struct mqtt *mqtt);
 

@@ -42,7 +42,7 @@ struct service {
 	/* Parts that run. Only these are asked anything: told to stop, a part moves to `ending` and is out of reach. */
 	struct consumer *consumer;
 	struct publisher *publisher;
-	struct broker *broker; /* NULL unless http.listen is set, or consuming with a share group */
+	struct broker *broker; /* NULL unless watches_broker() */
 	struct {
 		struct consumer *consumer;
 		struct publisher *publisher;
@@ -243,12 +243,30 @@ static bool shares(const struct config *config)
 	return (config->role & CONFIG_ROLE_CONSUMER) && config_shares(&config->consumer);
 }
 
+/* Does the broker keep a session of ours, and queue messages in it? */
+static bool keeps_session(const struct config *config)
+{
+	return (config->role & CONFIG_ROLE_CONSUMER) && config->consumer.qos > 0;
+}
+
+static bool watches_broker(const struct config *config)
+{
+	return config->mqtt.watch_broker && (config->http.enabled || shares(config) || keeps_session(config));
+}
+
 static void start_broker(struct service *service)
 {
 	const struct config *config = service->config;
-	if (config->http.enabled || shares(config))
-		service->broker =
-		    broker_start(&service->loop, &config->mqtt, service->client_id, shares(config), service);
+	struct broker_options options = {.config = &config->mqtt,
+	                                 .client_id = service->client_id,
+	                                 .queues = keeps_session(config),
+	                                 .shares = shares(config)};
+	if (!watches_broker(config))
+		return;
+	service->broker = broker_start(&service->loop, &options, service);
+	/* Else when the consumer has subscribed: a broker that does not let that in need not be asked twice. */
+	if (!(config->role & CONFIG_ROLE_CONSUMER))
+		broker_go(service->broker);
 }
 
 static bool wants_status(const struct service *service)
@@ -331,6 +349,8 @@ static void consumer_subscribed(void *owner)
 	service->subscribed = true;
 	if (service->publisher != NULL)
 		publisher_go(service->publisher);
+	if (service->broker != NULL)
+		broker_go(service->broker);
 }
 
 /* The count check has come to its end, and with it the run. */
@@ -578,7 +598,7 @@ static void watch_signals(struct service *service)
 static void size_thread_pool(const struct config *config)
 {
 	char threads[16];
-	int connects = config->consumer.connections - 1 + (config->http.enabled || shares(config));
+	int connects = config->consumer.connections - 1 + watches_broker(config);
 	snprintf(threads, sizeof threads, "%d", config->consumer.workers + EXTRA_THREADS + connects);
 	setenv("UV_THREADPOOL_SIZE", threads, 1);
 }

@@ -19,7 +19,8 @@ from service import GATE_OPEN_BUILD
 CONNECT_TIMEOUT = 1
 SHUTDOWN_TIMEOUT = 2
 UNSTOPPABLE = 2  # what a worker that hangs in the resolver or the driver gets on top
-IMPATIENT = {"mqtt.connect_timeout": f"{CONNECT_TIMEOUT}s", "mqtt.reconnect.min": "200ms", "mqtt.reconnect.max": "2s",
+ALONE = {"mqtt.watch_broker": "false"}  # no other connection than those that are looked at
+IMPATIENT = ALONE | {"mqtt.connect_timeout": f"{CONNECT_TIMEOUT}s", "mqtt.reconnect.min": "200ms", "mqtt.reconnect.max": "2s",
              "shutdown_timeout": f"{SHUTDOWN_TIMEOUT}s"}
 CONNACK = b"\x20\x03\x00\x00\x00"  # MQTT 5: accepted, no properties
 
@@ -499,7 +500,7 @@ def test_what_is_sent_again_on_a_live_connection_says_dup(service, fresh_mongod)
     """Such a broker, while an insert takes 2 s: the second copy is stored with dup, and what comes after both without."""
     mongod = fresh_mongod()
     with _Resending() as broker:
-        running = service(broker=broker, mongod=mongod, settings={"spool.max_size": 0, "mqtt.client_id": "c"})
+        running = service(broker=broker, mongod=mongod, settings=ALONE | {"spool.max_size": 0, "mqtt.client_id": "c"})
         running.wait_log("subscribed to")
         for number in range(5):  # rounds without DUP: nothing is expected to come again
             broker.publish(1, number)
