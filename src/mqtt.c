@@ -50,6 +50,10 @@ enum {
 #define CUT_OFF                                                                                                        \
 	"the broker ended the handshake; does it ask for a client certificate (mqtt.tls.cert and mqtt.tls.key), or "   \
 	"another?"
+#define SELF_SIGNED                                                                                                    \
+	"the broker's certificate is self-signed; when it is the right one, give it as mqtt.tls.ca (a copy of the "    \
+	"certificate, not of its key)"
+#define SAME_ID "; when that happens again and again, another client may use the same client id (mqtt.client_id)"
 
 enum state { IDLE, BACKOFF, RESOLVING, PROBING, CONNECTING, HANDSHAKE, UP, CLOSING, CLOSED };
 
@@ -103,6 +107,7 @@ struct mqtt {
 	struct log_repeat complaint, foreign;
 	char doomed[REASON_TEXT];  /* why the attempt is to be given up as soon as that is possible */
 	char library[REASON_TEXT]; /* the library's last error line */
+	long verified;             /* what OpenSSL said of the broker's certificate when there was an error */
 	char refusal[REASON_TEXT]; /* what CONNACK or DISCONNECT said */
 
 	uv_getaddrinfo_t resolve;
@@ -258,11 +263,14 @@ static void describe_loss(struct mqtt *mqtt, int result, int error, char *text, 
 	if (mqtt->refusal[0] != 0)
 		snprintf(text, size, "%s", mqtt->refusal);
 	else if (is_tls_loss(mqtt, result, error))
-		snprintf(text, size, "TLS failed: %s", tls_remedy(mqtt->library));
+		snprintf(text, size, "TLS failed: %s",
+		         mqtt->verified == X509_V_ERR_DEPTH_ZERO_SELF_SIGNED_CERT ? SELF_SIGNED
+		                                                                  : tls_remedy(mqtt->library));
 	else if (is_hang_up(result, error) && mqtt->state == HANDSHAKE)
-		snprintf(text, size, "the broker hung up before it answered; is this the port of %s?", listener);
+		snprintf(text, size, "the broker hung up before it answered; is this the port of %s?%s", listener,
+		         mqtt->config->protocol == 5 ? " If it is an old one, try mqtt.protocol 3.1.1" : "");
 	else if (is_hang_up(result, error))
-		snprintf(text, size, "connection lost: the broker hung up");
+		snprintf(text, size, "connection lost: the broker hung up" SAME_ID);
 	else if (mqtt->state == HANDSHAKE && (result == MOSQ_ERR_PROTOCOL || result == MOSQ_ERR_MALFORMED_PACKET))
 		snprintf(text, size,
 		         "protocol error: the answer is no MQTT, or not as it should be; is this the port of %s?",
@@ -270,7 +278,7 @@ static void describe_loss(struct mqtt *mqtt, int result, int error, char *text, 
 	else if (result == MOSQ_ERR_KEEPALIVE)
 		snprintf(text, size, "connection lost: the broker did not answer a ping within mqtt.keepalive");
 	else if (result == MOSQ_ERR_ERRNO)
-		snprintf(text, size, "connection lost: %s", strerror(error));
+		snprintf(text, size, "connection lost: %s%s", strerror(error), error == ECONNRESET ? SAME_ID : "");
 	else
 		snprintf(text, size, "connection lost: %s", mosquitto_strerror(result));
 }
@@ -418,7 +426,12 @@ static void on_log(struct mosquitto *client, void *context, int level, const cha
 	struct mqtt *mqtt = context;
 	if (level == MOSQ_LOG_DEBUG)
 		note_publish(mqtt, text);
-	else if (level == MOSQ_LOG_ERR && strncmp(mqtt->library, "Error: ", 7) != 0) /* OpenSSL's lines say less */
+	if (level != MOSQ_LOG_ERR)
+		return;
+	SSL *tls = mosquitto_ssl_get(client); /* gone when the library has returned */
+	if (tls != NULL)
+		mqtt->verified = SSL_get_verify_result(tls);
+	if (strncmp(mqtt->library, "Error: ", 7) != 0) /* OpenSSL's lines say less */
 		snprintf(mqtt->library, sizeof mqtt->library, "%s", text);
 }
 
@@ -731,8 +744,7 @@ static void on_poll(uv_poll_t *poll, int status, int events)
 		return;
 	}
 	if ((events & UV_DISCONNECT) && !(events & UV_READABLE)) {
-		fail(mqtt,
-		     "the broker hung up; when it does so again and again, another client may use the same client id");
+		fail(mqtt, "connection lost: the broker hung up" SAME_ID);
 		return;
 	}
 	if ((events & UV_WRITABLE) && !flush(mqtt))
@@ -743,7 +755,7 @@ static void on_poll(uv_poll_t *poll, int status, int events)
 	if (mqtt->link != link)
 		return;
 	if (status < 0) {
-		fail(mqtt, "connection lost: socket error");
+		fail(mqtt, "connection lost: socket error" SAME_ID);
 		return;
 	}
 	if (flush(mqtt)) /* CONNECT after a TLS handshake, SUBSCRIBE after CONNACK */
@@ -1096,6 +1108,7 @@ static void start_attempt(uv_timer_t *timer)
 	uv_update_time(mqtt->loop);
 	mqtt->state = RESOLVING;
 	mqtt->refusal[0] = 0;
+	mqtt->verified = X509_V_OK;
 	mqtt->deadline = uv_now(mqtt->loop) + (uint64_t)mqtt->config->connect_timeout_ms;
 	uv_timer_start(&mqtt->timer, connect_timed_out, (uint64_t)mqtt->config->connect_timeout_ms, 0);
 	int result = uv_getaddrinfo(mqtt->loop, &mqtt->resolve, on_resolved, mqtt->config->host, port, &hints);

@@ -152,6 +152,34 @@ def test_a_broker_that_misbehaves_after_connack(consumer, mosquitto, kind):
                          attempts=lambda: len(peer.accepted) // 2)
 
 
+@pytest.mark.parametrize("protocol", ["5", "3.1.1"])
+def test_a_broker_that_hangs_up_over_connect(consumer, protocol):
+    """As those do that know only MQTT 3.1.1: the line says what else to try, unless it is that already."""
+    with peers.Peer(peers.answer(close=True)) as peer:
+        process = _start(consumer(peer.port, **{"mqtt.protocol": protocol}))
+        said = process.wait_log("the broker hung up before it answered.*").group()
+        assert ("try mqtt.protocol 3.1.1" in said) == (protocol == "5")
+        _assert_stops(process)
+
+
+@pytest.mark.parametrize("protocol, holding", [("5", False), ("3.1.1", False), ("3.1.1", True)])
+def test_another_client_with_the_same_id(consumer, mosquitto, fresh_mongod, protocol, holding):
+    """Whether it reads at that moment or holds messages: the line names the client id."""
+    broker, mongod = mosquitto(), fresh_mongod()
+    process = _start(consumer(broker.port, **{"mqtt.client_id": "same", "mqtt.protocol": protocol, "mongodb.uri": mongod.uri,
+                                              "spool.max_size": 0}))
+    process.wait_log("subscribed to")
+    if holding:
+        mongod.sigstop()
+        assert clients.publish(broker.port, 3)
+        wait_until(lambda: process.sums()["consumer"]["in_flight"] >= 1, 10, process.tail)  # the others may not have been read
+    with clients.connected(broker.port, client_id="same-1", protocol=5 if protocol == "5" else 4):
+        said = process.wait_log('"level":"warn","room":"mqtt","message":"(.*)"').group(1)
+    assert "client id" in said
+    mongod.sigcont()
+    _assert_stops(process)
+
+
 def test_backoff_grows(consumer):
     """Attempts after 0.2, 0.4, 0.8, 1.6, 2, 2 … s, or down to half of it, although each connection was up for a moment."""
     with peers.Peer(peers.answer(CONNACK, close=True)) as peer:
