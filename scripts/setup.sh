@@ -10,6 +10,7 @@
 #
 #     MQTT2MONGO_MONGOD, MQTT2MONGO_MOSQUITTO   the servers to use, instead of those on PATH
 #     MQTT2MONGO_MOSQUITTO_SHARED               a mosquitto from 2.0.12 on, for the tests of shared subscriptions
+#     MQTT2MONGO_LIBMOSQUITTO_NEXT              a directory with a libmosquitto from 2.1 on, for the tests with that
 #     MQTT2MONGO_VENV                           the Python environment, default build/venv
 
 set -euo pipefail
@@ -59,7 +60,6 @@ missing_packages() {
 	library sqlite3 libsqlite3-dev
 	library libmicrohttpd libmicrohttpd-dev
 	pkg-config --exists mongoc2 2>/dev/null || library libmongoc-1.0 libmongoc-dev
-	library cmocka libcmocka-dev
 	[ -n "${MQTT2MONGO_MOSQUITTO:-}" ] || tool mosquitto mosquitto
 	tool mosquitto_sub mosquitto-clients
 	tool $SYSTEM_PYTHON python3
@@ -74,6 +74,7 @@ missing_packages() {
 		return 0
 	fi
 
+	library cmocka libcmocka-dev
 	tool openssl openssl
 	tool groff groff-base
 	tool pgrep procps
@@ -240,29 +241,48 @@ sources_for() {
 	done
 }
 
-# fetch_shared_broker DIRECTORY: Debian's backport of mosquitto, unpacked into DIRECTORY with the libraries that are missing here, and
-# DIRECTORY/mosquitto, which runs it. Installs nothing: apt gets lists, cache and sources of its own. Returns 1 when it cannot be had.
-fetch_shared_broker() {
-	local into=$1 apt=$1/apt release options libraries missing=() package
+# fetch_packages DIRECTORY SUITES PACKAGE...: download Debian packages of those suites into DIRECTORY/apt, with lists, cache and sources of
+# its own: nothing is installed. Called again for the same DIRECTORY it keeps the lists. Returns 1 when one cannot be had.
+fetch_packages() {
+	local apt=$1/apt suites=$2 release options
+	shift 2
 	release=$(. /etc/os-release && [ "$ID" = debian ] && printf '%s' "${VERSION_CODENAME:-}") || return 1
 	command -v apt-get >/dev/null && command -v dpkg >/dev/null || return 1
-	rm -rf "$into"
-	mkdir -p "$apt"/{sources,lists/partial,cache/archives/partial}
-	sources_for "$release" "$release $release-backports" >"$apt/sources/debian.sources"
-	[ -s "$apt/sources/debian.sources" ] || return 1
 	options=(-o "Dir::Etc::sourcelist=/dev/null" -o "Dir::Etc::sourceparts=$apt/sources" -o "Dir::State::lists=$apt/lists"
 		-o "Dir::Cache=$apt/cache" -o Acquire::Retries=1 -o Acquire::http::Timeout=15 -o Acquire::Languages=none)
-	# A source that has no backports is no matter, if another has.
-	timeout 120 apt-get "${options[@]}" update || true
-	(cd "$apt" && timeout 120 apt-get "${options[@]}" download "mosquitto/$release-backports") || return 1
-	libraries=$(dpkg-deb -f "$apt"/mosquitto_*.deb Depends | tr ',' '\n' | sed -nE 's/^ *(lib[^ :]+).*/\1/p')
+	if [ ! -d "$apt" ]; then
+		mkdir -p "$apt"/{sources,lists/partial,cache/archives/partial}
+		sources_for "$release" "$suites" >"$apt/sources/debian.sources"
+		[ -s "$apt/sources/debian.sources" ] || return 1
+		# A source that has not all of the suites is no matter, if another has.
+		timeout 120 apt-get "${options[@]}" update || true
+	fi
+	(cd "$apt" && timeout 120 apt-get "${options[@]}" download "$@")
+}
+
+# unpack_packages DIRECTORY: what fetch_packages has downloaded, into DIRECTORY itself.
+unpack_packages() {
+	local package
+	for package in "$1"/apt/*.deb; do
+		dpkg -x "$package" "$1" || return 1
+	done
+	rm -rf "$1/apt"
+}
+
+# fetch_shared_broker DIRECTORY: Debian's backport of mosquitto, unpacked into DIRECTORY with the libraries that are missing here, and
+# DIRECTORY/mosquitto, which runs it. Returns 1 when it cannot be had.
+fetch_shared_broker() {
+	local into=$1 release suites libraries missing=() package
+	release=$(. /etc/os-release && printf '%s' "${VERSION_CODENAME:-}")
+	suites="$release $release-backports"
+	rm -rf "$into"
+	fetch_packages "$into" "$suites" "mosquitto/$release-backports" || return 1
+	libraries=$(dpkg-deb -f "$into"/apt/mosquitto_*.deb Depends | tr ',' '\n' | sed -nE 's/^ *(lib[^ :]+).*/\1/p')
 	for package in $libraries; do
 		dpkg -s "$package" >/dev/null 2>&1 || missing+=("$package")
 	done
-	[ ${#missing[@]} -eq 0 ] || (cd "$apt" && timeout 120 apt-get "${options[@]}" download "${missing[@]}") || return 1
-	for package in "$apt"/*.deb; do
-		dpkg -x "$package" "$into" || return 1
-	done
+	[ ${#missing[@]} -eq 0 ] || fetch_packages "$into" "$suites" "${missing[@]}" || return 1
+	unpack_packages "$into" || return 1
 	cat >"$into/mosquitto" <<-'END'
 		#!/bin/sh
 		here=$(dirname "$0")
@@ -271,7 +291,6 @@ fetch_shared_broker() {
 		done
 	END
 	chmod +x "$into/mosquitto"
-	rm -rf "$apt"
 	mosquitto_shares "$into/mosquitto"
 }
 
@@ -297,6 +316,44 @@ setup_shared_broker() {
 	else
 		say "no mosquitto from 2.0.12 on could be had (log: $log): the tests that need one are skipped;" \
 			"name one in MQTT2MONGO_MOSQUITTO_SHARED to run them"
+	fi
+}
+
+# Is the libmosquitto that programs load with DIRECTORY in front one from 2.1 on?
+library_is_next() {
+	LD_LIBRARY_PATH=$1 $SYSTEM_PYTHON - 2>/dev/null <<-'END'
+		import ctypes, sys
+		sys.exit(ctypes.CDLL("libmosquitto.so.1").mosquitto_lib_version(None, None, None) < 2_001_000)
+	END
+}
+
+# Set and export MQTT2MONGO_LIBMOSQUITTO_NEXT: a directory with a libmosquitto from 2.1 on, which the program is tested with beside the
+# installed one. Debian's next release has it; it goes to build/libmosquitto-next. Without it that is not set, and those tests are skipped.
+setup_next_library() {
+	local fetched=$ROOT/build/libmosquitto-next log=$LOGS/libmosquitto-next.log candidate
+	local libraries=$fetched/lib
+	for candidate in "${MQTT2MONGO_LIBMOSQUITTO_NEXT:-}" "$libraries"; do
+		if [ -n "$candidate" ] && library_is_next "$candidate"; then
+			export MQTT2MONGO_LIBMOSQUITTO_NEXT=$candidate
+			return 0
+		fi
+	done
+	unset MQTT2MONGO_LIBMOSQUITTO_NEXT
+	mkdir -p "$LOGS"
+	say "fetching the next libmosquitto into ${fetched#"$ROOT"/}, for the tests"
+	if (
+		flock 9 # two scripts at once
+		library_is_next "$libraries" && exit 0
+		rm -rf "$fetched"
+		# With what Debian 12 has not; the rest of what it needs is the same there.
+		fetch_packages "$fetched" sid libmosquitto1 libpicohttpparser1 && unpack_packages "$fetched" &&
+			mkdir "$libraries" && mv "$fetched"/usr/lib/*/*.so.* "$libraries" && ldconfig -n "$libraries" &&
+			library_is_next "$libraries"
+	) </dev/null >"$log" 2>&1 9>"$fetched.lock"; then
+		export MQTT2MONGO_LIBMOSQUITTO_NEXT=$libraries
+	else
+		say "no libmosquitto from 2.1 on could be had (log: $log): the tests with one are skipped;" \
+			"name a directory that has it in MQTT2MONGO_LIBMOSQUITTO_NEXT to run them"
 	fi
 }
 
@@ -327,6 +384,11 @@ setup_build() {
 	fi
 }
 
+# The program alone, in build/release: whoever only runs it need not have what the tests are built with.
+setup_program() {
+	TARGETS=src/mqtt2mongo setup_build release
+}
+
 setup_all() {
 	case ${1:-test} in
 	demo | test | dev | bench) ;;
@@ -337,7 +399,11 @@ setup_all() {
 	[ "${1:-test}" != dev ] || setup_requirements dev "$ROOT/tests/requirements-dev.txt"
 	[ "${1:-test}" != bench ] || setup_requirements bench "$ROOT/bench/requirements.txt"
 	setup_servers
-	setup_build release
+	if [ "${1:-test}" = demo ]; then
+		setup_program
+	else
+		setup_build release
+	fi
 }
 
 if [ "${BASH_SOURCE[0]}" = "$0" ]; then

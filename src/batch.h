@@ -88,7 +88,7 @@ struct batch_record {
 void batch_add(struct batch *batch, const struct mqtt_message *received, const struct id_rule *rule, size_t max_payload,
                int64_t received_at);
 
-/* The SHA-256 of a payload. */
+/* The SHA-256 of a payload. Aborts when OpenSSL has no memory for it. */
 void batch_digest(const void *bytes, size_t length, uint8_t digest[BATCH_DIGEST_BYTES]);
 
 /* Append a message as it was received earlier. Any thread that owns the batch. */

@@ -22,13 +22,16 @@ enum question { NO_QUESTION, ASKED_DROPPED, ASKED_VERSION };
 
 struct broker {
 	void *owner;
-	bool shares;
-	struct mqtt *mqtt; /* NULL: closed for good */
-	uint64_t dropped;
-	bool known;
+	const struct config_mqtt *config;
+	bool queues, shares;
+	struct mqtt *mqtt;
+	bool closed;      /* for good: by itself, or stopped */
+	uint64_t dropped; /* as last said, on whatever connection */
+	bool known;       /* said on this connection */
+	bool ever;        /* said on some connection */
 	size_t held;
 	enum question asking;
-	int refusals;         /* connections in a row that ended when DROPPED was asked for */
+	int refusals; /* connections in a row that the broker has refused, or that ended when DROPPED was asked for */
 	bool version_refused; /* a connection ended when BROKER_VERSION was asked for */
 	struct log_repeat loses_shares;
 	void (*stopped)(void *owner);
@@ -37,10 +40,11 @@ struct broker {
 static void mqtt_closed(void *context)
 {
 	struct broker *broker = context;
-	broker->mqtt = NULL;
+	broker->closed = true;
 	if (broker->stopped == NULL) /* it has ended by itself */
 		return;
 	broker->stopped(broker->owner);
+	mqtt_free(broker->mqtt);
 	free(broker);
 }
 
@@ -63,11 +67,13 @@ static void on_down(void *owner)
 	struct broker *broker = owner;
 	broker->known = false;
 	broker->held = 0;
-	broker->refusals += broker->asking == ASKED_DROPPED;
+	bool refused = mqtt_was_refused(broker->mqtt);
+	broker->refusals += refused || broker->asking == ASKED_DROPPED;
 	broker->version_refused = broker->version_refused || broker->asking == ASKED_VERSION;
 	broker->asking = NO_QUESTION;
 	if (broker->refusals >= REFUSALS_MOST)
-		leave(broker, "the broker hangs up when " DROPPED " is subscribed");
+		leave(broker, refused ? "the broker refuses a connection of its own for $SYS"
+		                      : "the broker hangs up when " DROPPED " is subscribed");
 	else
 		mqtt_connect(broker->mqtt);
 }
@@ -110,20 +116,48 @@ static void note_version(struct broker *broker, const struct mqtt_message *messa
 		    (int)message->payload_length, (const char *)message->payload);
 }
 
-/* A number in decimal digits; whatever else is there is not what we asked for. */
+bool broker_number(const void *payload, size_t length, uint64_t *number)
+{
+	const char *digits = payload;
+	*number = 0;
+	if (length == 0 || length > DIGITS_MOST)
+		return false;
+	for (size_t i = 0; i < length; i++) {
+		if (digits[i] < '0' || digits[i] > '9')
+			return false;
+		*number = *number * 10 + (uint64_t)(digits[i] - '0');
+	}
+	return true;
+}
+
+/* The first number, retained from before, is where counting begins; one that is lower than before comes from a broker
+ * that has been restarted. */
+static void say_dropped(const struct broker *broker, uint64_t dropped, bool retained)
+{
+	uint64_t before = broker->ever ? broker->dropped : retained ? dropped : 0;
+	uint64_t rise = dropped >= before ? dropped - before : dropped;
+	bool old = !broker->ever && rise == 0; /* worth a line at the start, for some may have been ours */
+	if (dropped == 0 || (rise == 0 && !old))
+		return;
+	log_write(
+	    old ? LOG_LEVEL_INFO : LOG_LEVEL_WARN, "broker",
+	    "the broker has dropped %llu messages that it could not queue for a client, ours or another%s: to end "
+	    "that, raise max_queued_messages (1000 unless set)%s and, where it is set, max_queued_bytes in "
+	    "mosquitto.conf",
+	    (unsigned long long)(old ? dropped : rise), old ? ", since it started" : "",
+	    broker->config->protocol == 5 ? "" : ", max_inflight_messages (20 unless set)");
+}
+
+/* Whatever else is there than a number is not what we asked for. */
 static void note_dropped(struct broker *broker, const struct mqtt_message *message)
 {
-	const char *digits = message->payload;
-	uint64_t dropped = 0;
-	if (message->payload_length == 0 || message->payload_length > DIGITS_MOST)
+	uint64_t dropped;
+	if (!broker_number(message->payload, message->payload_length, &dropped))
 		return;
-	for (size_t i = 0; i < message->payload_length; i++) {
-		if (digits[i] < '0' || digits[i] > '9')
-			return;
-		dropped = dropped * 10 + (uint64_t)(digits[i] - '0');
-	}
+	if (broker->queues)
+		say_dropped(broker, dropped, message->retain);
 	broker->dropped = dropped;
-	broker->known = true;
+	broker->known = broker->ever = true;
 }
 
 static void on_message(void *owner, const struct mqtt_message *message)
@@ -152,19 +186,24 @@ static const struct mqtt_handler mqtt_handler = {
     .subscribed = on_subscribed,
 };
 
-struct broker *broker_start(uv_loop_t *loop, const struct config_mqtt *config, const char *client_id, bool shares,
-                            void *owner)
+struct broker *broker_start(uv_loop_t *loop, const struct broker_options *options, void *owner)
 {
 	struct broker *broker = memory_zeroed(1, sizeof *broker);
-	broker->shares = shares;
+	broker->config = options->config;
+	broker->queues = options->queues;
+	broker->shares = options->shares;
 	broker->owner = owner;
-	char *id = memory_format("%s-sys", client_id);
-	struct mqtt_options options = {
-	    .config = config, .client_id = id, .name = "broker", .clean_start = true, .quiet = true};
-	broker->mqtt = mqtt_create(loop, &options, &mqtt_handler, broker);
+	char *id = memory_format("%s-sys", options->client_id);
+	struct mqtt_options mqtt = {
+	    .config = options->config, .client_id = id, .name = "broker", .clean_start = true, .quiet = true};
+	broker->mqtt = mqtt_create(loop, &mqtt, &mqtt_handler, broker);
 	free(id);
-	mqtt_connect(broker->mqtt);
 	return broker;
+}
+
+void broker_go(struct broker *broker)
+{
+	mqtt_connect(broker->mqtt);
 }
 
 const uint64_t *broker_dropped(const struct broker *broker)
@@ -174,13 +213,13 @@ const uint64_t *broker_dropped(const struct broker *broker)
 
 bool broker_is_up(const struct broker *broker)
 {
-	return broker->mqtt != NULL && mqtt_is_up(broker->mqtt);
+	return mqtt_is_up(broker->mqtt);
 }
 
 void broker_stop(struct broker *broker, void (*stopped)(void *owner))
 {
 	broker->stopped = stopped;
-	if (broker->mqtt == NULL) {
+	if (broker->closed) {
 		mqtt_closed(broker);
 		return;
 	}

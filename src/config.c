@@ -75,6 +75,9 @@ const struct config_entry config_entries[] = {
     {.key = "mqtt.receive_maximum", .type = CONFIG_TYPE_INTEGER, .initial = "800", .least = "1", .most = "65535",
      AT(mqtt.receive_maximum),
      .help = "messages the broker may send before the first is acknowledged, so the largest batch (MQTT 5 only)"},
+    {.key = "mqtt.watch_broker", .type = CONFIG_TYPE_BOOLEAN, .initial = "true", AT(mqtt.watch_broker),
+     .help = "read from $SYS what the broker drops, and warn of it; over a connection of its own, which takes 30 KiB of "
+             "memory, 200 KiB with TLS"},
     {.key = "mqtt.tls.enabled", .type = CONFIG_TYPE_BOOLEAN, .initial = "false", AT(mqtt.tls.enabled),
      .help = "encrypt the connection to the broker"},
     {.key = "mqtt.tls.ca", .type = CONFIG_TYPE_TEXT, AT(mqtt.tls.ca),

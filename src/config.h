@@ -56,6 +56,7 @@ struct config_mqtt {
 	int64_t connect_timeout_ms; /* resolve + connect + TLS + CONNACK */
 	int64_t session_expiry_ms;  /* whole seconds; MQTT 5 only */
 	int receive_maximum;        /* 1 to 65535; MQTT 5 only */
+	bool watch_broker;          /* read $SYS/broker/… */
 	struct config_tls tls;
 	int64_t reconnect_min_ms, reconnect_max_ms;
 };

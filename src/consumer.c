@@ -15,19 +15,24 @@
 #include <stdlib.h>
 #include <string.h>
 
+/* A lane's place. Only a lane that runs is asked anything: told to stop it is out of reach, but for lane_hurry(). */
+struct place {
+	struct lane *running; /* or NULL */
+	struct lane *ending;  /* told to stop, not yet stopped; or NULL */
+};
+
 /* One of consumer.connections. */
 struct connection {
 	char *client_id, *name;
-	struct lane *lane; /* NULL once it has stopped */
-	bool tidy;         /* its stale filters have been unsubscribed and can be forgotten */
+	struct place place;
+	bool tidy; /* its stale filters have been unsubscribed and can be forgotten */
 };
 
 /* A session that is no longer configured. */
 struct leftover {
 	char *client_id;
-	struct lane *lane; /* NULL once it has stopped */
-	bool retiring;     /* it has been told to stop */
-	bool emptied;      /* the state file is to forget it */
+	struct place place;
+	bool emptied; /* the state file is to forget it */
 };
 
 struct consumer {
@@ -41,8 +46,9 @@ struct consumer {
 
 	struct delivery *delivery;
 	struct connection *connections;
-	int connection_count; /* 0 with consumer.qos 0 */
-	struct qos0 *qos0;    /* NULL unless there is a filter for it, and once it has stopped */
+	int connection_count;     /* 0 with consumer.qos 0 */
+	struct qos0 *qos0;        /* NULL unless there is a filter for it, and once it has been told to stop */
+	struct qos0 *ending_qos0; /* told to stop, not yet stopped; or NULL */
 	struct leftover *leftovers;
 	size_t leftover_count;
 	bool looked; /* for sessions left behind */
@@ -59,6 +65,39 @@ struct consumer {
 };
 
 static void go_on(struct consumer *consumer);
+
+/* ---- lanes and their places ---- */
+
+static bool is_at(const struct place *place, const struct lane *lane)
+{
+	return place->running == lane || place->ending == lane;
+}
+
+static bool is_empty(const struct place *place)
+{
+	return place->running == NULL && place->ending == NULL;
+}
+
+static void go_lane(const struct place *place)
+{
+	if (place->running != NULL)
+		lane_go(place->running);
+}
+
+static void stop_lane(struct place *place, void (*stopped)(void *owner, struct lane *lane))
+{
+	if (place->running == NULL)
+		return;
+	place->ending = place->running;
+	place->running = NULL;
+	lane_stop(place->ending, stopped);
+}
+
+static void hurry_lane(const struct place *place)
+{
+	if (place->ending != NULL)
+		lane_hurry(place->ending);
+}
 
 /* ---- the state file ---- */
 
@@ -143,7 +182,7 @@ static void tidy_state(struct consumer *consumer)
 static struct leftover *leftover_of(struct consumer *consumer, const struct lane *lane)
 {
 	struct leftover *leftover = consumer->leftovers;
-	while (leftover->lane != lane)
+	while (!is_at(&leftover->place, lane))
 		leftover++;
 	return leftover;
 }
@@ -151,16 +190,8 @@ static struct leftover *leftover_of(struct consumer *consumer, const struct lane
 static void leftover_stopped(void *owner, struct lane *lane)
 {
 	struct consumer *consumer = owner;
-	leftover_of(consumer, lane)->lane = NULL;
+	leftover_of(consumer, lane)->place.ending = NULL;
 	go_on(consumer);
-}
-
-static void retire(struct leftover *leftover)
-{
-	if (leftover->lane == NULL || leftover->retiring)
-		return;
-	leftover->retiring = true;
-	lane_stop(leftover->lane, leftover_stopped);
 }
 
 static void on_emptied(void *owner, struct lane *lane)
@@ -168,7 +199,7 @@ static void on_emptied(void *owner, struct lane *lane)
 	struct consumer *consumer = owner;
 	struct leftover *leftover = leftover_of(consumer, lane);
 	leftover->emptied = true;
-	retire(leftover);
+	stop_lane(&leftover->place, leftover_stopped);
 }
 
 static void ignore_lane(void *owner, struct lane *lane)
@@ -201,9 +232,9 @@ static void start_leftover(struct consumer *consumer, const char *client_id)
 	                               .client_id = client_id,
 	                               .stale = stale,
 	                               .name = "session left behind"};
-	leftover->lane = lane_create(consumer->loop, &options, &handler, consumer);
+	leftover->place.running = lane_create(consumer->loop, &options, &handler, consumer);
 	free(stale);
-	lane_go(leftover->lane);
+	lane_go(leftover->place.running);
 }
 
 /* Take up the sessions of the state file that are not ours, all at once: as long as one is subscribed, what it gets
@@ -239,24 +270,22 @@ static void on_started(void *owner, const char *error)
 static void connect_all(struct consumer *consumer)
 {
 	for (int i = 0; i < consumer->connection_count; i++)
-		if (consumer->connections[i].lane != NULL)
-			lane_go(consumer->connections[i].lane);
+		go_lane(&consumer->connections[i].place);
 }
 
 static void on_accepts(void *owner)
 {
 	struct consumer *consumer = owner;
-	if (consumer->recorded && consumer->opened && !consumer->stopping)
+	if (consumer->recorded && consumer->opened)
 		connect_all(consumer);
 	for (size_t i = 0; i < consumer->leftover_count; i++)
-		if (consumer->leftovers[i].lane != NULL && !consumer->leftovers[i].retiring)
-			lane_go(consumer->leftovers[i].lane);
+		go_lane(&consumer->leftovers[i].place);
 }
 
 static struct connection *connection_of(struct consumer *consumer, const struct lane *lane)
 {
 	struct connection *connection = consumer->connections;
-	while (connection->lane != lane)
+	while (!is_at(&connection->place, lane))
 		connection++;
 	return connection;
 }
@@ -331,7 +360,7 @@ static void start_connection(struct consumer *consumer, int number, const char *
 	                               .filter = consumer->filter,
 	                               .stale = stale,
 	                               .name = connection->name};
-	connection->lane = lane_create(consumer->loop, &options, &handler, consumer);
+	connection->place.running = lane_create(consumer->loop, &options, &handler, consumer);
 	free(stale);
 	/* Before SUBSCRIBE: a filter nobody remembers could never be removed. */
 	state_add_filter(consumer->state, connection->client_id, consumer->filter);
@@ -430,15 +459,24 @@ static void close_when_idle(struct consumer *consumer)
 static void lane_stopped(void *owner, struct lane *lane)
 {
 	struct consumer *consumer = owner;
-	connection_of(consumer, lane)->lane = NULL;
+	connection_of(consumer, lane)->place.ending = NULL;
 	close_when_idle(consumer);
 }
 
 static void qos0_stopped(void *owner)
 {
 	struct consumer *consumer = owner;
-	consumer->qos0 = NULL;
+	consumer->ending_qos0 = NULL;
 	close_when_idle(consumer);
+}
+
+static void stop_qos0(struct consumer *consumer)
+{
+	if (consumer->qos0 == NULL)
+		return;
+	consumer->ending_qos0 = consumer->qos0;
+	consumer->qos0 = NULL;
+	qos0_stop(consumer->ending_qos0, qos0_stopped);
 }
 
 void consumer_stop(struct consumer *consumer, void (*stopped)(void *owner))
@@ -446,45 +484,40 @@ void consumer_stop(struct consumer *consumer, void (*stopped)(void *owner))
 	consumer->stopping = true;
 	consumer->stopped = stopped;
 	for (int i = 0; i < consumer->connection_count; i++)
-		lane_stop(consumer->connections[i].lane, lane_stopped);
-	if (consumer->qos0 != NULL)
-		qos0_stop(consumer->qos0, qos0_stopped);
+		stop_lane(&consumer->connections[i].place, lane_stopped);
+	stop_qos0(consumer);
 	for (size_t i = 0; i < consumer->leftover_count; i++)
-		retire(&consumer->leftovers[i]);
+		stop_lane(&consumer->leftovers[i].place, leftover_stopped);
 	close_when_idle(consumer);
 }
 
 void consumer_hurry(struct consumer *consumer)
 {
 	for (int i = 0; i < consumer->connection_count; i++)
-		if (consumer->connections[i].lane != NULL)
-			lane_hurry(consumer->connections[i].lane);
+		hurry_lane(&consumer->connections[i].place);
 	for (size_t i = 0; i < consumer->leftover_count; i++)
-		if (consumer->leftovers[i].lane != NULL)
-			lane_hurry(consumer->leftovers[i].lane);
-	if (consumer->qos0 != NULL)
-		qos0_hurry(consumer->qos0);
+		hurry_lane(&consumer->leftovers[i].place);
+	if (consumer->ending_qos0 != NULL)
+		qos0_hurry(consumer->ending_qos0);
 }
 
 bool consumer_is_done(const struct consumer *consumer)
 {
-	bool connected = consumer->qos0 != NULL;
+	bool connected = consumer->ending_qos0 != NULL;
 	for (size_t i = 0; i < consumer->leftover_count; i++)
-		connected = connected || consumer->leftovers[i].lane != NULL;
+		connected = connected || !is_empty(&consumer->leftovers[i].place);
 	for (int i = 0; i < consumer->connection_count; i++)
-		connected = connected || consumer->connections[i].lane != NULL;
+		connected = connected || !is_empty(&consumer->connections[i].place);
 	return consumer->stopping && !connected && !consumer->saving && consumer->opened;
 }
 
 const char *consumer_status(const struct consumer *consumer)
 {
-	if (consumer->stopping)
-		return "stopping";
 	const char *trouble = delivery_trouble(consumer->delivery);
 	if (trouble != NULL)
 		return trouble;
 	bool up = consumer->connection_count > 0 || qos0_is_up(consumer->qos0);
 	for (int i = 0; i < consumer->connection_count; i++)
-		up = up && lane_is_up(consumer->connections[i].lane);
+		up = up && lane_is_up(consumer->connections[i].place.running);
 	return up ? "consuming" : "connecting";
 }

@@ -30,8 +30,9 @@ struct consumer *consumer_start(uv_loop_t *loop, const struct config *config, st
                                 const char *client_id, struct metrics_consumer *counters,
                                 const struct consumer_handler *handler, void *owner);
 
-/* Read no more, store (or spool) and acknowledge what is in flight, disconnect. `stopped` is called when everything is
- * closed, and then the memory is gone. */
+/* Read no more, store (or spool) and acknowledge what is in flight, disconnect. From this call on nothing else may be
+ * asked of it, but consumer_hurry() and consumer_is_done(). `stopped` is called when everything is closed, and then the
+ * memory is gone. */
 void consumer_stop(struct consumer *consumer, void (*stopped)(void *owner));
 
 /* While stopping: do not wait for MongoDB any longer, hand back what is not durable. A job that a worker has begun is

@@ -18,7 +18,7 @@
 #include <string.h>
 
 /* What the next SUBACK answers. */
-enum question { NOTHING, FILTER, VERSION, FILTER_AGAIN };
+enum question { NOTHING, FILTER, SYS, FILTER_AGAIN };
 
 struct inspection {
 	uv_loop_t loop;
@@ -28,6 +28,7 @@ struct inspection {
 	bool dry_run;
 	bool interrupted;
 	bool loses_shares; /* the broker */
+	uint64_t retained; /* messages at the broker; 0: none, or it does not say */
 	enum question asking;
 	size_t held;
 	int exit_code;
@@ -46,6 +47,7 @@ static void close_handle(uv_handle_t *handle, void *context)
 static void mqtt_closed(void *owner)
 {
 	struct inspection *inspection = owner;
+	mqtt_free(inspection->mqtt);
 	uv_walk(&inspection->loop, close_handle, NULL);
 }
 
@@ -101,19 +103,49 @@ static void on_down(void *owner)
 	end(inspection, inspection->asking <= FILTER); /* the connection has said why */
 }
 
-/* Last, for there are brokers that hang up on those who ask for $SYS. What it has retained comes before its answer to
- * the next SUBSCRIBE. */
-static void ask_version(struct inspection *inspection, int reason)
+/* What is worth asking $SYS for, or NULL. Retained messages are not for shared subscriptions (MQTT 5 §4.8.2). */
+static const char *sys_topic(const struct config *config)
 {
+	if (!config->mqtt.watch_broker)
+		return NULL;
+	if (config_shares(&config->consumer))
+		return BROKER_VERSION;
+	return config->consumer.qos > 0 ? BROKER_RETAINED : NULL;
+}
+
+/* What a mosquitto with default settings hands over of the retained messages that a new subscription finds. */
+static uint64_t retained_most(const struct config_mqtt *config)
+{
+	return BROKER_QUEUED + (uint64_t)(config->protocol == 5 ? config->receive_maximum : BROKER_INFLIGHT);
+}
+
+static void print_warnings(const struct inspection *inspection)
+{
+	const struct config_mqtt *config = &inspection->config->mqtt;
+	if (inspection->loses_shares)
+		printf("broker    warning: mosquitto before 2.0.12, unless patched, loses messages of shared "
+		       "subscriptions when a session is resumed\n");
+	if (inspection->retained > retained_most(config))
+		printf(
+		    "broker    warning: it holds %llu retained messages; of those that the first subscription matches "
+		    "a "
+		    "mosquitto with default settings sends %llu and drops the rest without a word: before the service "
+		    "starts for the first time, set max_queued_messages in mosquitto.conf to more than that\n",
+		    (unsigned long long)inspection->retained, (unsigned long long)retained_most(config));
+}
+
+/* $SYS comes last, for there are brokers that hang up on those who ask for it. What it has retained comes before its
+ * answer to the next SUBSCRIBE. */
+static void ask_more(struct inspection *inspection, int reason)
+{
+	const char *topic = sys_topic(inspection->config);
 	inspection->asking++;
-	if (inspection->asking == VERSION && config_shares(&inspection->config->consumer)) {
-		mqtt_subscribe(inspection->mqtt, BROKER_VERSION, 0);
+	if (inspection->asking == SYS && topic != NULL) {
+		mqtt_subscribe(inspection->mqtt, topic, 0);
 	} else if (inspection->asking == FILTER_AGAIN && reason < 0x80) {
 		subscribe(inspection);
 	} else {
-		if (inspection->loses_shares)
-			printf("broker    warning: mosquitto before 2.0.12, unless patched, loses messages of shared "
-			       "subscriptions when a session is resumed\n");
+		print_warnings(inspection);
 		end(inspection, 0);
 	}
 }
@@ -123,7 +155,7 @@ static void on_subscribed(void *owner, int reason)
 	struct inspection *inspection = owner;
 	const char *filter = inspection->config->consumer.topic;
 	if (inspection->asking != FILTER) {
-		ask_version(inspection, reason);
+		ask_more(inspection, reason);
 		return;
 	}
 	if (reason >= 0x80) {
@@ -138,7 +170,7 @@ static void on_subscribed(void *owner, int reason)
 		        filter);
 	} else {
 		printf("subscribe ok: %s at QoS %d\n", filter, reason);
-		ask_version(inspection, reason);
+		ask_more(inspection, reason);
 	}
 }
 
@@ -187,13 +219,22 @@ static void on_drained(void *owner)
 		end(inspection, 0);
 }
 
-/* What is published meanwhile is the service's; only the broker's version is for us. */
+static void note_retained(struct inspection *inspection, const struct mqtt_message *message)
+{
+	uint64_t retained;
+	if (broker_number(message->payload, message->payload_length, &retained))
+		inspection->retained = retained;
+}
+
+/* What is published meanwhile is the service's; only what the broker says of itself is for us. */
 static void look_at_message(void *owner, const struct mqtt_message *message)
 {
 	struct inspection *inspection = owner;
 	inspection->held++;
 	if (strcmp(message->topic, BROKER_VERSION) == 0)
 		inspection->loses_shares = broker_loses_shares(message->payload, message->payload_length);
+	else if (strcmp(message->topic, BROKER_RETAINED) == 0)
+		note_retained(inspection, message);
 }
 
 static void forget_messages(void *owner)

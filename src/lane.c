@@ -396,7 +396,7 @@ void lane_go(struct lane *lane)
 
 bool lane_is_up(const struct lane *lane)
 {
-	return lane->mqtt != NULL && mqtt_is_up(lane->mqtt);
+	return mqtt_is_up(lane->mqtt);
 }
 
 /* ---- stopping ---- */
@@ -408,6 +408,7 @@ static void handle_closed(uv_handle_t *handle)
 		return;
 	lane->counters->connections -= lane->filter != NULL;
 	lane->stopped(lane->owner, lane);
+	mqtt_free(lane->mqtt);
 	for (char **filter = lane->stale; *filter != NULL; filter++)
 		free(*filter);
 	free(lane->stale);
@@ -420,7 +421,6 @@ static void mqtt_closed(void *owner)
 {
 	struct lane *lane = owner;
 	uv_timer_t *timers[TIMERS] = {&lane->hold, &lane->linger, &lane->silence};
-	lane->mqtt = NULL;
 	note_down(lane);
 	for (int i = 0; i < TIMERS; i++) {
 		timers[i]->data = lane;
@@ -451,7 +451,7 @@ void lane_stop(struct lane *lane, void (*stopped)(void *owner, struct lane *lane
 
 void lane_hurry(struct lane *lane)
 {
-	if (lane->closing && lane->mqtt != NULL)
+	if (lane->closing)
 		mqtt_close(lane->mqtt, mqtt_closed);
 	if (lane->pending > 0)
 		delivery_give_up(lane->delivery, &lane->sender, METRICS_SHUTDOWN);

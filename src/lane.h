@@ -48,8 +48,8 @@ void lane_go(struct lane *lane);
 
 bool lane_is_up(const struct lane *lane);
 
-/* Read no more, wait until everything is durable, disconnect. `stopped` is called when everything is closed, and then
- * the memory is gone. */
+/* Read no more, wait until everything is durable, disconnect. From this call on nothing else may be asked of it, but
+ * lane_hurry(). `stopped` is called when everything is closed, and then the memory is gone. */
 void lane_stop(struct lane *lane, void (*stopped)(void *owner, struct lane *lane));
 
 /* While stopping: wait no longer, hand back what is not durable. */

@@ -50,6 +50,10 @@ enum {
 #define CUT_OFF                                                                                                        \
 	"the broker ended the handshake; does it ask for a client certificate (mqtt.tls.cert and mqtt.tls.key), or "   \
 	"another?"
+#define SELF_SIGNED                                                                                                    \
+	"the broker's certificate is self-signed; when it is the right one, give it as mqtt.tls.ca (a copy of the "    \
+	"certificate, not of its key)"
+#define SAME_ID "; when that happens again and again, another client may use the same client id (mqtt.client_id)"
 
 enum state { IDLE, BACKOFF, RESOLVING, PROBING, CONNECTING, HANDSHAKE, UP, CLOSING, CLOSED };
 
@@ -103,6 +107,7 @@ struct mqtt {
 	struct log_repeat complaint, foreign;
 	char doomed[REASON_TEXT];  /* why the attempt is to be given up as soon as that is possible */
 	char library[REASON_TEXT]; /* the library's last error line */
+	long verified;             /* what OpenSSL said of the broker's certificate when there was an error */
 	char refusal[REASON_TEXT]; /* what CONNACK or DISCONNECT said */
 
 	uv_getaddrinfo_t resolve;
@@ -110,15 +115,17 @@ struct mqtt {
 	struct probe *probe;
 	char numeric[NI_MAXHOST];
 	uv_work_t job;
+	mosquitto_property *asked; /* of CONNECT; the job's while it runs */
 	int job_result, job_errno;
 
 	bool closing;
+	bool goodbye; /* DISCONNECT has left; what remains is to wait for the broker */
 	void (*closed)(void *owner);
 	int handles;
 };
 
 static void finish_close(struct mqtt *mqtt);
-static void free_when_closed(struct mqtt *mqtt);
+static void tell_when_closed(struct mqtt *mqtt);
 static void close_gracefully(struct mqtt *mqtt);
 static void read_burst(struct mqtt *mqtt);
 static void update_poll(struct mqtt *mqtt);
@@ -127,6 +134,24 @@ static enum log_level level(const struct mqtt *mqtt, enum log_level usual)
 {
 	return mqtt->quiet ? LOG_LEVEL_DEBUG : usual;
 }
+
+/* ---- what the library says must not be ignored: the compiler sees to it ---- */
+
+#define CHECKED __attribute__((warn_unused_result))
+__typeof__(mosquitto_threaded_set) mosquitto_threaded_set CHECKED;
+__typeof__(mosquitto_int_option) mosquitto_int_option CHECKED;
+__typeof__(mosquitto_username_pw_set) mosquitto_username_pw_set CHECKED;
+__typeof__(mosquitto_tls_set) mosquitto_tls_set CHECKED;
+__typeof__(mosquitto_tls_insecure_set) mosquitto_tls_insecure_set CHECKED;
+__typeof__(mosquitto_property_add_int32) mosquitto_property_add_int32 CHECKED;
+__typeof__(mosquitto_connect_bind_v5) mosquitto_connect_bind_v5 CHECKED;
+__typeof__(mosquitto_subscribe_v5) mosquitto_subscribe_v5 CHECKED;
+__typeof__(mosquitto_unsubscribe_v5) mosquitto_unsubscribe_v5 CHECKED;
+__typeof__(mosquitto_publish_v5) mosquitto_publish_v5 CHECKED;
+__typeof__(mosquitto_disconnect_v5) mosquitto_disconnect_v5 CHECKED;
+__typeof__(mosquitto_loop_read) mosquitto_loop_read CHECKED;
+__typeof__(mosquitto_loop_write) mosquitto_loop_write CHECKED;
+__typeof__(mosquitto_loop_misc) mosquitto_loop_misc CHECKED;
 
 /* ---- the end of a connection ---- */
 
@@ -137,7 +162,7 @@ static void link_closed(uv_handle_t *handle)
 	close(link->fd);
 	free(link);
 	mqtt->handles--;
-	free_when_closed(mqtt);
+	tell_when_closed(mqtt);
 }
 
 static void drop_link(struct mqtt *mqtt)
@@ -238,11 +263,14 @@ static void describe_loss(struct mqtt *mqtt, int result, int error, char *text, 
 	if (mqtt->refusal[0] != 0)
 		snprintf(text, size, "%s", mqtt->refusal);
 	else if (is_tls_loss(mqtt, result, error))
-		snprintf(text, size, "TLS failed: %s", tls_remedy(mqtt->library));
+		snprintf(text, size, "TLS failed: %s",
+		         mqtt->verified == X509_V_ERR_DEPTH_ZERO_SELF_SIGNED_CERT ? SELF_SIGNED
+		                                                                  : tls_remedy(mqtt->library));
 	else if (is_hang_up(result, error) && mqtt->state == HANDSHAKE)
-		snprintf(text, size, "the broker hung up before it answered; is this the port of %s?", listener);
+		snprintf(text, size, "the broker hung up before it answered; is this the port of %s?%s", listener,
+		         mqtt->config->protocol == 5 ? " If it is an old one, try mqtt.protocol 3.1.1" : "");
 	else if (is_hang_up(result, error))
-		snprintf(text, size, "connection lost: the broker hung up");
+		snprintf(text, size, "connection lost: the broker hung up" SAME_ID);
 	else if (mqtt->state == HANDSHAKE && (result == MOSQ_ERR_PROTOCOL || result == MOSQ_ERR_MALFORMED_PACKET))
 		snprintf(text, size,
 		         "protocol error: the answer is no MQTT, or not as it should be; is this the port of %s?",
@@ -250,7 +278,7 @@ static void describe_loss(struct mqtt *mqtt, int result, int error, char *text, 
 	else if (result == MOSQ_ERR_KEEPALIVE)
 		snprintf(text, size, "connection lost: the broker did not answer a ping within mqtt.keepalive");
 	else if (result == MOSQ_ERR_ERRNO)
-		snprintf(text, size, "connection lost: %s", strerror(error));
+		snprintf(text, size, "connection lost: %s%s", strerror(error), error == ECONNRESET ? SAME_ID : "");
 	else
 		snprintf(text, size, "connection lost: %s", mosquitto_strerror(result));
 }
@@ -398,7 +426,12 @@ static void on_log(struct mosquitto *client, void *context, int level, const cha
 	struct mqtt *mqtt = context;
 	if (level == MOSQ_LOG_DEBUG)
 		note_publish(mqtt, text);
-	else if (level == MOSQ_LOG_ERR && strncmp(mqtt->library, "Error: ", 7) != 0) /* OpenSSL's lines say less */
+	if (level != MOSQ_LOG_ERR)
+		return;
+	SSL *tls = mosquitto_ssl_get(client); /* gone when the library has returned */
+	if (tls != NULL)
+		mqtt->verified = SSL_get_verify_result(tls);
+	if (strncmp(mqtt->library, "Error: ", 7) != 0) /* OpenSSL's lines say less */
 		snprintf(mqtt->library, sizeof mqtt->library, "%s", text);
 }
 
@@ -507,14 +540,21 @@ static void on_disconnect(struct mosquitto *client, void *context, int reason, c
 char *mqtt_user_property(const struct mqtt_message *message, const char *name)
 {
 	const mosquitto_property *property = message->properties;
-	char *found, *value;
 	bool again = false;
-	while ((property = mosquitto_property_read_string_pair(property, MQTT_PROP_USER_PROPERTY, &found, &value,
-	                                                       again)) != NULL) {
-		bool wanted = strcmp(found, name) == 0;
+	/* Asked for no copies it returns NULL only where there is none. */
+	while ((property = mosquitto_property_read_string_pair(property, MQTT_PROP_USER_PROPERTY, NULL, NULL, again)) !=
+	       NULL) {
+		char *found, *value;
+		if (mosquitto_property_read_string_pair(property, MQTT_PROP_USER_PROPERTY, &found, &value, false) ==
+		    NULL) {
+			log_error("mqtt", "out of memory for a user property of a message");
+			abort(); /* without it the message would get another _id */
+		}
+		/* 2.1 has NULL for an empty text. */
+		bool wanted = strcmp(found != NULL ? found : "", name) == 0;
 		free(found);
 		if (wanted)
-			return value;
+			return value != NULL ? value : memory_string("");
 		free(value);
 		again = true;
 	}
@@ -697,15 +737,14 @@ static void on_poll(uv_poll_t *poll, int status, int events)
 	if (status < 0)
 		mqtt->mask = 0; /* libuv has stopped the handle */
 	if (mqtt->state == CLOSING) {
-		if (mosquitto_socket(mqtt->client) != -1)
-			send_disconnect(mqtt);
-		else
+		if (mqtt->goodbye)
 			drain_after_disconnect(mqtt);
+		else
+			send_disconnect(mqtt);
 		return;
 	}
 	if ((events & UV_DISCONNECT) && !(events & UV_READABLE)) {
-		fail(mqtt,
-		     "the broker hung up; when it does so again and again, another client may use the same client id");
+		fail(mqtt, "connection lost: the broker hung up" SAME_ID);
 		return;
 	}
 	if ((events & UV_WRITABLE) && !flush(mqtt))
@@ -716,7 +755,7 @@ static void on_poll(uv_poll_t *poll, int status, int events)
 	if (mqtt->link != link)
 		return;
 	if (status < 0) {
-		fail(mqtt, "connection lost: socket error");
+		fail(mqtt, "connection lost: socket error" SAME_ID);
 		return;
 	}
 	if (flush(mqtt)) /* CONNECT after a TLS handshake, SUBSCRIBE after CONNACK */
@@ -748,11 +787,31 @@ static int set_tls(struct mosquitto *client, const struct config_tls *tls)
 		directory = getenv(X509_get_default_cert_dir_env());
 		if (directory == NULL)
 			directory = X509_get_default_cert_dir();
-		mosquitto_int_option(client, MOSQ_OPT_TLS_USE_OS_CERTS, 1);
 	}
-	int result = mosquitto_tls_set(client, tls->ca, directory, tls->cert, tls->key, no_passphrase);
+	int result = MOSQ_ERR_SUCCESS;
+	if (tls->ca == NULL)
+		result = mosquitto_int_option(client, MOSQ_OPT_TLS_USE_OS_CERTS, 1);
+	if (result == MOSQ_ERR_SUCCESS)
+		result = mosquitto_tls_set(client, tls->ca, directory, tls->cert, tls->key, no_passphrase);
 	if (result == MOSQ_ERR_SUCCESS && tls->insecure)
 		result = mosquitto_tls_insecure_set(client, true);
+	return result;
+}
+
+static int set_options(struct mosquitto *client, const struct config_mqtt *config)
+{
+	const struct {
+		enum mosq_opt_t option;
+		int value;
+	} options[] = {
+	    {MOSQ_OPT_PROTOCOL_VERSION, config->protocol == 5 ? MQTT_PROTOCOL_V5 : MQTT_PROTOCOL_V311},
+	    {MOSQ_OPT_RECEIVE_MAXIMUM, config->receive_maximum},
+	    {MOSQ_OPT_SEND_MAXIMUM, SEND_MAXIMUM},
+	    {MOSQ_OPT_TCP_NODELAY, 1},
+	};
+	int result = mosquitto_threaded_set(client, true); /* packets leave only in mosquitto_loop_write() */
+	for (size_t i = 0; i < sizeof options / sizeof *options && result == MOSQ_ERR_SUCCESS; i++)
+		result = mosquitto_int_option(client, options[i].option, options[i].value);
 	return result;
 }
 
@@ -760,20 +819,14 @@ static int configure_client(struct mqtt *mqtt)
 {
 	const struct config_mqtt *config = mqtt->config;
 	struct mosquitto *client = mqtt->client;
-	mosquitto_threaded_set(client, true); /* packets leave only in mosquitto_loop_write() */
 	mosquitto_connect_v5_callback_set(client, on_connect);
 	mosquitto_disconnect_v5_callback_set(client, on_disconnect);
 	mosquitto_message_v5_callback_set(client, on_message);
 	mosquitto_subscribe_v5_callback_set(client, on_subscribe);
 	mosquitto_unsubscribe_v5_callback_set(client, on_unsubscribe);
 	mosquitto_publish_v5_callback_set(client, on_publish);
-	mosquitto_int_option(client, MOSQ_OPT_PROTOCOL_VERSION,
-	                     config->protocol == 5 ? MQTT_PROTOCOL_V5 : MQTT_PROTOCOL_V311);
-	mosquitto_int_option(client, MOSQ_OPT_RECEIVE_MAXIMUM, config->receive_maximum);
-	mosquitto_int_option(client, MOSQ_OPT_SEND_MAXIMUM, SEND_MAXIMUM);
-	mosquitto_int_option(client, MOSQ_OPT_TCP_NODELAY, 1);
-	int result = MOSQ_ERR_SUCCESS;
-	if (config->username != NULL || config->password != NULL)
+	int result = set_options(client, config);
+	if (result == MOSQ_ERR_SUCCESS && (config->username != NULL || config->password != NULL))
 		result = mosquitto_username_pw_set(client, config->username, config->password);
 	if (result == MOSQ_ERR_SUCCESS && config->tls.enabled)
 		result = set_tls(client, &config->tls);
@@ -864,25 +917,21 @@ static void connect_work(uv_work_t *job)
 {
 	struct mqtt *mqtt = container_of(job, struct mqtt, job);
 	const struct config_mqtt *config = mqtt->config;
-	mosquitto_property *properties = NULL;
-	if (config->protocol == 5 && !mqtt->clean_start)
-		mosquitto_property_add_int32(&properties, MQTT_PROP_SESSION_EXPIRY_INTERVAL,
-		                             (uint32_t)(config->session_expiry_ms / 1000));
 	/* TLS checks the certificate against the name it is given here. */
 	const char *host = config->tls.enabled ? config->host : mqtt->numeric;
 	bool first = begin_tls_setup(&config->tls);
 	errno = 0;
 	mqtt->job_result = mosquitto_connect_bind_v5(mqtt->client, host, config->port,
-	                                             (int)(config->keepalive_ms / 1000), NULL, properties);
+	                                             (int)(config->keepalive_ms / 1000), NULL, mqtt->asked);
 	mqtt->job_errno = errno;
 	if (first)
 		end_tls_setup(mqtt->job_result == MOSQ_ERR_SUCCESS);
-	mosquitto_property_free_all(&properties);
 }
 
 static void connect_done(uv_work_t *job, int status)
 {
 	struct mqtt *mqtt = container_of(job, struct mqtt, job);
+	mosquitto_property_free_all(&mqtt->asked);
 	if (attempt_ended(mqtt))
 		return;
 	if (status < 0 || mqtt->job_result != MOSQ_ERR_SUCCESS) {
@@ -894,15 +943,27 @@ static void connect_done(uv_work_t *job, int status)
 	adopt_socket(mqtt);
 }
 
+static bool add_expiry(mosquitto_property **properties, int64_t seconds)
+{
+	return mosquitto_property_add_int32(properties, MQTT_PROP_SESSION_EXPIRY_INTERVAL, (uint32_t)seconds) ==
+	       MOSQ_ERR_SUCCESS;
+}
+
 static void start_job(struct mqtt *mqtt)
 {
+	const struct config_mqtt *config = mqtt->config;
 	mqtt->state = CONNECTING;
 	mqtt->library[0] = 0;
-	mqtt->refusal[0] = 0;
-	if (make_client(mqtt)) {
-		listen_to_log(mqtt, true); /* also for what goes wrong */
-		uv_queue_work(mqtt->loop, &mqtt->job, connect_work, connect_done);
+	if (!make_client(mqtt))
+		return;
+	/* Connected without it the session, and what the broker has queued for it, would end with the connection. */
+	if (config->protocol == 5 && !mqtt->clean_start &&
+	    !add_expiry(&mqtt->asked, config->session_expiry_ms / 1000)) {
+		fail(mqtt, "out of memory: cannot ask for mqtt.session_expiry, so not connecting");
+		return;
 	}
+	listen_to_log(mqtt, true); /* also for what goes wrong */
+	uv_queue_work(mqtt->loop, &mqtt->job, connect_work, connect_done);
 }
 
 static void connect_timed_out(uv_timer_t *timer);
@@ -914,7 +975,7 @@ static void probe_closed(uv_handle_t *handle)
 	struct mqtt *mqtt = probe->mqtt;
 	free(probe);
 	mqtt->handles--;
-	free_when_closed(mqtt);
+	tell_when_closed(mqtt);
 }
 
 static void drop_probe(struct mqtt *mqtt)
@@ -961,10 +1022,14 @@ static void probe_answered(uv_connect_t *request, int status)
 		probe_failed(mqtt, uv_strerror(status));
 		return;
 	}
+	int result = getnameinfo(mqtt->next_address->ai_addr, mqtt->next_address->ai_addrlen, mqtt->numeric,
+	                         sizeof mqtt->numeric, NULL, 0, NI_NUMERICHOST);
+	if (result != 0) {
+		probe_failed(mqtt, gai_strerror(result));
+		return;
+	}
 	drop_probe(mqtt);
 	uv_timer_start(&mqtt->timer, connect_timed_out, time_left(mqtt), 0);
-	getnameinfo(mqtt->next_address->ai_addr, mqtt->next_address->ai_addrlen, mqtt->numeric, sizeof mqtt->numeric,
-	            NULL, 0, NI_NUMERICHOST);
 	forget_addresses(mqtt);
 	start_job(mqtt);
 }
@@ -1042,6 +1107,8 @@ static void start_attempt(uv_timer_t *timer)
 	snprintf(port, sizeof port, "%d", mqtt->config->port);
 	uv_update_time(mqtt->loop);
 	mqtt->state = RESOLVING;
+	mqtt->refusal[0] = 0;
+	mqtt->verified = X509_V_OK;
 	mqtt->deadline = uv_now(mqtt->loop) + (uint64_t)mqtt->config->connect_timeout_ms;
 	uv_timer_start(&mqtt->timer, connect_timed_out, (uint64_t)mqtt->config->connect_timeout_ms, 0);
 	int result = uv_getaddrinfo(mqtt->loop, &mqtt->resolve, on_resolved, mqtt->config->host, port, &hints);
@@ -1091,19 +1158,32 @@ void mqtt_connect(struct mqtt *mqtt)
 	uv_timer_start(&mqtt->timer, start_attempt, reconnect_delay(mqtt), 0);
 }
 
+static void give_up_over(struct mqtt *mqtt, const char *what, int result)
+{
+	char why[REASON_TEXT];
+	snprintf(why, sizeof why, "cannot %s: %s", what, mosquitto_strerror(result));
+	mqtt_give_up(mqtt, why);
+}
+
 void mqtt_subscribe(struct mqtt *mqtt, const char *filter, int qos)
 {
+	if (mqtt->state != UP || mqtt->closing)
+		return;
 	int result = mosquitto_subscribe_v5(mqtt->client, NULL, filter, qos, MQTT_SUB_OPT_SEND_RETAIN_NEW, NULL);
-	if (result != MOSQ_ERR_SUCCESS) {
-		char why[REASON_TEXT];
-		snprintf(why, sizeof why, "cannot subscribe: %s", mosquitto_strerror(result));
-		mqtt_give_up(mqtt, why);
-	}
+	if (result != MOSQ_ERR_SUCCESS)
+		give_up_over(mqtt, "subscribe", result);
 }
 
 bool mqtt_unsubscribe(struct mqtt *mqtt, const char *filter)
 {
-	return mosquitto_unsubscribe_v5(mqtt->client, NULL, filter, NULL) == MOSQ_ERR_SUCCESS;
+	if (mqtt->state != UP || mqtt->closing)
+		return false;
+	int result = mosquitto_unsubscribe_v5(mqtt->client, NULL, filter, NULL);
+	if (result == MOSQ_ERR_INVAL || result == MOSQ_ERR_MALFORMED_UTF8 || result == MOSQ_ERR_OVERSIZE_PACKET)
+		return false;
+	if (result != MOSQ_ERR_SUCCESS)
+		give_up_over(mqtt, "unsubscribe", result); /* so that it stays unanswered, and is sent again */
+	return true;
 }
 
 int mqtt_publish(struct mqtt *mqtt, const char *topic, const void *payload, size_t length, int qos)
@@ -1131,6 +1211,11 @@ bool mqtt_is_up(const struct mqtt *mqtt)
 	return mqtt->state == UP;
 }
 
+bool mqtt_was_refused(const struct mqtt *mqtt)
+{
+	return mqtt->refusal[0] != 0;
+}
+
 const char *mqtt_address(const struct mqtt *mqtt)
 {
 	return mqtt->address;
@@ -1148,23 +1233,26 @@ void mqtt_give_up(struct mqtt *mqtt, const char *why)
 
 /* After each handle that has closed. One of an earlier connection, or a probe, may do so while a job of the next one
  * runs: only finish_close() ends the client. */
-static void free_when_closed(struct mqtt *mqtt)
+static void tell_when_closed(struct mqtt *mqtt)
+{
+	if (mqtt->state == CLOSED && mqtt->handles == 0)
+		mqtt->closed(mqtt->owner); /* may free it */
+}
+
+void mqtt_free(struct mqtt *mqtt)
 {
 	if (mqtt->state != CLOSED || mqtt->handles > 0)
-		return;
-	void (*closed)(void *) = mqtt->closed;
-	void *owner = mqtt->owner;
+		abort(); /* libuv would go on using it */
 	free(mqtt->client_id);
 	free(mqtt->address);
 	free(mqtt);
-	closed(owner);
 }
 
 static void handle_closed(uv_handle_t *handle)
 {
 	struct mqtt *mqtt = handle->data;
 	mqtt->handles--;
-	free_when_closed(mqtt);
+	tell_when_closed(mqtt);
 }
 
 /* While closing: no job of ours runs any more. The owner may close from handler->down, so what ended the connection may
@@ -1186,22 +1274,38 @@ static void close_timed_out(uv_timer_t *timer)
 	finish_close(container_of(timer, struct mqtt, timer));
 }
 
-/* Write what is queued and DISCONNECT behind it; then the library closes its descriptor and ours remains. */
+/* Write what is queued and DISCONNECT behind it. Then 2.0 closes its descriptor, and ours remains; 2.1 shuts the socket
+ * down for writing and keeps the packet queued, so that the queue says nothing. What has not left yet is told by the
+ * kernel's EAGAIN alone. */
 static void send_disconnect(struct mqtt *mqtt)
 {
+	errno = 0;
 	mqtt->in_library = true;
 	int result = mosquitto_loop_write(mqtt->client, 1);
+	int error = errno;
 	mqtt->in_library = false;
-	if (mosquitto_socket(mqtt->client) == -1) {
+	mqtt->goodbye = mosquitto_socket(mqtt->client) == -1 || (error != EAGAIN && error != EINTR);
+	if (result != MOSQ_ERR_SUCCESS) {
+		finish_close(mqtt);
+	} else if (mqtt->goodbye) {
 		/* Closing with unread PUBLISHes would send a reset, which may destroy PUBACKs under way: say that we
 		 * are done, and read what still comes until the broker hangs up. */
 		shutdown(mqtt->link->fd, SHUT_WR);
 		uv_poll_start(&mqtt->link->poll, UV_READABLE, on_poll);
-	} else if (result == MOSQ_ERR_SUCCESS) {
-		uv_poll_start(&mqtt->link->poll, UV_WRITABLE, on_poll);
 	} else {
-		finish_close(mqtt);
+		uv_poll_start(&mqtt->link->poll, UV_WRITABLE, on_poll);
 	}
+}
+
+/* False: it is not queued, for want of memory. */
+static bool queue_disconnect(struct mqtt *mqtt)
+{
+	mosquitto_property *properties = NULL;
+	bool ends = mqtt->ends_session && mqtt->config->protocol == 5;
+	bool queued = (!ends || add_expiry(&properties, 0)) &&
+	              mosquitto_disconnect_v5(mqtt->client, 0, properties) == MOSQ_ERR_SUCCESS;
+	mosquitto_property_free_all(&properties);
+	return queued;
 }
 
 static void close_gracefully(struct mqtt *mqtt)
@@ -1213,12 +1317,13 @@ static void close_gracefully(struct mqtt *mqtt)
 	mqtt->state = CLOSING;
 	uv_timer_stop(&mqtt->keepalive);
 	uv_timer_start(&mqtt->timer, close_timed_out, is_consumer(mqtt) ? CLOSE_CONSUMER_MS : CLOSE_MS, 0);
-	mosquitto_property *properties = NULL;
-	if (mqtt->ends_session && mqtt->config->protocol == 5)
-		mosquitto_property_add_int32(&properties, MQTT_PROP_SESSION_EXPIRY_INTERVAL, 0);
-	mosquitto_disconnect_v5(mqtt->client, 0, properties);
-	mosquitto_property_free_all(&properties);
-	send_disconnect(mqtt);
+	if (queue_disconnect(mqtt)) {
+		send_disconnect(mqtt);
+		return;
+	}
+	log_write(level(mqtt, LOG_LEVEL_WARN), "mqtt", "%s: %s: out of memory: closed without DISCONNECT", mqtt->name,
+	          mqtt->address);
+	finish_close(mqtt);
 }
 
 void mqtt_close_session(struct mqtt *mqtt, void (*closed)(void *owner))

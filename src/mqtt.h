@@ -88,11 +88,12 @@ struct mqtt *mqtt_create(uv_loop_t *loop, const struct mqtt_options *options, co
  * nothing while connected or already trying. */
 void mqtt_connect(struct mqtt *mqtt);
 
-/* Send SUBSCRIBE for one filter, with retain handling 1 under MQTT 5 (§3.8.3.1: retained messages only for a new
- * subscription). qos 0 or 1. */
+/* While up: send SUBSCRIBE for one filter, with retain handling 1 under MQTT 5 (§3.8.3.1: retained messages only for a
+ * new subscription). qos 0 or 1. */
 void mqtt_subscribe(struct mqtt *mqtt, const char *filter, int qos);
 
-/* Send UNSUBSCRIBE. False: the library does not take the filter, which nobody can have subscribed to. */
+/* While up: send UNSUBSCRIBE. False: nothing was sent, or the library does not take the filter, which nobody can have
+ * subscribed to. */
 bool mqtt_unsubscribe(struct mqtt *mqtt, const char *filter);
 
 /* Queue a PUBLISH; call mqtt_flush() after the last of a burst. Returns the message's id, 1 to 65535, by which
@@ -116,6 +117,9 @@ void mqtt_give_up(struct mqtt *mqtt, const char *why);
 
 bool mqtt_is_up(const struct mqtt *mqtt);
 
+/* In handler->down: it was the broker that said no, by CONNACK or DISCONNECT. */
+bool mqtt_was_refused(const struct mqtt *mqtt);
+
 /* The host and port of the configuration, for messages. */
 const char *mqtt_address(const struct mqtt *mqtt);
 
@@ -124,8 +128,11 @@ const char *mqtt_address(const struct mqtt *mqtt);
 void mqtt_close_session(struct mqtt *mqtt, void (*closed)(void *owner));
 
 /* End it: DISCONNECT when nothing is held, else without a word. No handler is called any more; `closed` is, once every
- * handle is closed, and then the memory is gone. A running connect job is waited for. Called again: wait for the broker
- * no longer. */
+ * handle is closed. A running connect job is waited for. Called again: wait for the broker no longer. A connection that
+ * is closing or closed may still be asked anything: it is not up, takes nothing and does nothing. */
 void mqtt_close(struct mqtt *mqtt, void (*closed)(void *owner));
+
+/* Give the memory back: from `closed` on, which may do it itself. */
+void mqtt_free(struct mqtt *mqtt);
 
 #endif

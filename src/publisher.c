@@ -169,7 +169,7 @@ static void tick(uv_timer_t *timer)
 
 static void begin(struct publisher *publisher)
 {
-	if (!publisher->go || !mqtt_is_up(publisher->mqtt) || publisher->started_at != 0 || publisher->stopping)
+	if (!publisher->go || !mqtt_is_up(publisher->mqtt) || publisher->started_at != 0)
 		return;
 	publisher->started_at = uv_hrtime();
 	uv_timer_start(&publisher->timer, tick, 0, 0);
@@ -277,6 +277,7 @@ static void timer_closed(uv_handle_t *handle)
 	struct publisher *publisher = container_of(handle, struct publisher, timer);
 	void (*stopped)(void *) = publisher->stopped;
 	void *owner = publisher->owner;
+	mqtt_free(publisher->mqtt);
 	template_destroy(publisher->template);
 	free(publisher->topic);
 	free(publisher->published_at);
@@ -287,7 +288,6 @@ static void timer_closed(uv_handle_t *handle)
 static void mqtt_closed(void *owner)
 {
 	struct publisher *publisher = owner;
-	publisher->mqtt = NULL;
 	uv_close((uv_handle_t *)&publisher->timer, timer_closed);
 }
 
@@ -324,13 +324,13 @@ void publisher_hurry(struct publisher *publisher)
 {
 	if (!publisher->closing)
 		close_now(publisher);
-	else if (publisher->mqtt != NULL)
+	else
 		mqtt_close(publisher->mqtt, mqtt_closed);
 }
 
 bool publisher_is_up(const struct publisher *publisher)
 {
-	return publisher->mqtt != NULL && mqtt_is_up(publisher->mqtt);
+	return mqtt_is_up(publisher->mqtt);
 }
 
 struct publisher_run publisher_run(const struct publisher *publisher)
@@ -340,8 +340,6 @@ struct publisher_run publisher_run(const struct publisher *publisher)
 
 const char *publisher_status(const struct publisher *publisher)
 {
-	if (publisher->mqtt == NULL)
-		return "stopping";
 	if (!mqtt_is_up(publisher->mqtt))
 		return "connecting";
 	if (publisher->done)

@@ -37,8 +37,8 @@ struct publisher *publisher_start(uv_loop_t *loop, const struct config *config, 
 /* Begin to publish, now or as soon as connected. Calls after the first do nothing. */
 void publisher_go(struct publisher *publisher);
 
-/* Publish no more, wait for the acknowledgements of what is under way, disconnect. `stopped` is called when everything
- * is closed, and then the memory is gone. */
+/* Publish no more, wait for the acknowledgements of what is under way, disconnect. From this call on nothing else may
+ * be asked of it, but publisher_hurry(). `stopped` is called when everything is closed, and then the memory is gone. */
 void publisher_stop(struct publisher *publisher, void (*stopped)(void *owner));
 
 /* While stopping: wait no longer. */

@@ -18,15 +18,15 @@ struct qos0 {
 	const char *filter;
 	void (*subscribed)(void *owner);
 	void *owner;
-	struct mqtt *mqtt; /* NULL once it is closed */
+	struct mqtt *mqtt;
 	struct delivery_sender sender;
 	struct delivery_parcel *filling; /* or NULL */
 	size_t parcels;                  /* under way */
 	size_t bytes;                    /* in them */
 	size_t held;                     /* messages that mqtt.c takes for held */
 	struct log_repeat overload, refusal;
-	bool up; /* connected and subscribed, and counted so */
-	bool stopping;
+	bool up;     /* connected and subscribed, and counted so */
+	bool closed; /* the connection; which it is only while stopping */
 	void (*stopped)(void *owner);
 };
 
@@ -168,16 +168,17 @@ void qos0_go(struct qos0 *qos0)
 
 bool qos0_is_up(const struct qos0 *qos0)
 {
-	return qos0->mqtt != NULL && mqtt_is_up(qos0->mqtt);
+	return mqtt_is_up(qos0->mqtt);
 }
 
 /* ---- stopping ---- */
 
 static void close_when_idle(struct qos0 *qos0)
 {
-	if (!qos0->stopping || qos0->mqtt != NULL || qos0->parcels > 0)
+	if (!qos0->closed || qos0->parcels > 0)
 		return;
 	qos0->counters->connections--;
+	mqtt_free(qos0->mqtt);
 	void (*stopped)(void *) = qos0->stopped;
 	void *owner = qos0->owner;
 	free(qos0);
@@ -187,7 +188,7 @@ static void close_when_idle(struct qos0 *qos0)
 static void mqtt_closed(void *owner)
 {
 	struct qos0 *qos0 = owner;
-	qos0->mqtt = NULL;
+	qos0->closed = true;
 	note_down(qos0);
 	submit(qos0);
 	if (qos0->parcels > 0 && delivery_trouble(qos0->delivery) != NULL)
@@ -198,14 +199,13 @@ static void mqtt_closed(void *owner)
 
 void qos0_stop(struct qos0 *qos0, void (*stopped)(void *owner))
 {
-	qos0->stopping = true;
 	qos0->stopped = stopped;
 	mqtt_close(qos0->mqtt, mqtt_closed);
 }
 
 void qos0_hurry(struct qos0 *qos0)
 {
-	if (qos0->mqtt != NULL)
+	if (!qos0->closed)
 		mqtt_close(qos0->mqtt, mqtt_closed);
 	else
 		delivery_give_up(qos0->delivery, &qos0->sender, METRICS_SHUTDOWN);

@@ -33,8 +33,8 @@ struct qos0 *qos0_create(uv_loop_t *loop, const struct qos0_options *options, vo
 void qos0_go(struct qos0 *qos0);
 bool qos0_is_up(const struct qos0 *qos0);
 
-/* Disconnect, store what waits, unless MongoDB is away: then it is dropped. `stopped` is called when everything is
- * closed, and then the memory is gone. */
+/* Disconnect, store what waits, unless MongoDB is away: then it is dropped. From this call on nothing else may be asked
+ * of it, but qos0_hurry(). `stopped` is called when everything is closed, and then the memory is gone. */
 void qos0_stop(struct qos0 *qos0, void (*stopped)(void *owner));
 
 /* While stopping: drop what is not stored. */

@@ -39,10 +39,16 @@ struct service {
 	struct state *state; /* the consumer's, while it runs: a worker may be saving it */
 	char *client_id;
 
+	/* Parts that run. Only these are asked anything: told to stop, a part moves to `ending` and is out of reach. */
 	struct consumer *consumer;
 	struct publisher *publisher;
-	struct http *http;                    /* NULL unless http.listen is set */
-	struct broker *broker;                /* the same, or consuming with a share group */
+	struct broker *broker; /* NULL unless watches_broker() */
+	struct {
+		struct consumer *consumer;
+		struct publisher *publisher;
+		struct broker *broker;
+	} ending;                             /* told to stop, not yet stopped; or NULL */
+	struct http *http;                    /* NULL unless http.listen is set; stops last */
 	unsigned to_stop;                     /* parts that are to stop, or stopping */
 	void (*parts_stopped)(void *context); /* when none of those runs any more, or NULL */
 	void *parts_context;
@@ -51,7 +57,7 @@ struct service {
 	struct metrics_publisher publisher_counters;
 	struct metrics_publisher publisher_before; /* its counters when it was started */
 	struct count_check *check;                 /* or NULL */
-	bool consumer_ran, publisher_ran, consumer_stopping, publisher_stopping;
+	bool consumer_ran, publisher_ran;
 
 	uv_signal_t signals[SIGNALS];
 	uv_timer_t shutdown, patience, status, published; /* the last one: away from the publisher's own calls */
@@ -81,6 +87,34 @@ static void measure_iteration(uv_prepare_t *prepare)
 	service->last_idle = idle;
 }
 
+/* ---- the parts, and those that are ending ---- */
+
+static bool has_consumer(const struct service *service)
+{
+	return service->consumer != NULL || service->ending.consumer != NULL;
+}
+
+static bool has_publisher(const struct service *service)
+{
+	return service->publisher != NULL || service->ending.publisher != NULL;
+}
+
+/* NULL: there is none. */
+static const char *consumer_state(const struct service *service)
+{
+	if (service->consumer != NULL)
+		return consumer_status(service->consumer);
+	return service->ending.consumer != NULL ? "stopping" : NULL;
+}
+
+/* NULL: there is none. */
+static const char *publisher_state(const struct service *service)
+{
+	if (service->publisher != NULL)
+		return publisher_status(service->publisher);
+	return service->ending.publisher != NULL ? "stopping" : NULL;
+}
+
 /* ---- the sums and the status line ---- */
 
 static void print_sums(struct service *service)
@@ -99,19 +133,19 @@ static void show_status(uv_timer_t *timer)
 	char text[320];
 	size_t length = 0;
 	text[0] = 0;
-	if (service->publisher != NULL) {
+	if (has_publisher(service)) {
 		const struct metrics_publisher *counters = &service->publisher_counters;
 		length += (size_t)snprintf(
-		    text, sizeof text, "publisher: %s, %llu/s, %llu acked, %llu on the way",
-		    publisher_status(service->publisher), (unsigned long long)(counters->acked - service->status_acked),
-		    (unsigned long long)counters->acked, (unsigned long long)metrics_unacknowledged(counters));
+		    text, sizeof text, "publisher: %s, %llu/s, %llu acked, %llu on the way", publisher_state(service),
+		    (unsigned long long)(counters->acked - service->status_acked), (unsigned long long)counters->acked,
+		    (unsigned long long)metrics_unacknowledged(counters));
 		service->status_acked = counters->acked;
 	}
-	if (service->consumer != NULL) {
+	if (has_consumer(service)) {
 		const struct metrics_consumer *counters = &service->consumer_counters;
 		snprintf(text + length, sizeof text - length,
 		         "%sconsumer: %s, %llu/s, %llu stored, %llu dead letters, %llu in flight",
-		         length > 0 ? " | " : "", consumer_status(service->consumer),
+		         length > 0 ? " | " : "", consumer_state(service),
 		         (unsigned long long)(counters->stored - service->status_stored),
 		         (unsigned long long)counters->stored,
 		         (unsigned long long)metrics_total(counters->dead_lettered, DOCUMENT_REASONS),
@@ -172,11 +206,11 @@ static void answer_http(void *owner, const char *path, struct http_answer *answe
 	             .broker_dropped = service->broker != NULL ? broker_dropped(service->broker) : NULL,
 	             .resident_bytes = resident,
 	             .cpu_us = cpu_us()},
-	    .consumer_status = service->consumer != NULL ? consumer_status(service->consumer) : NULL,
-	    .publisher_status = service->publisher != NULL ? publisher_status(service->publisher) : NULL,
+	    .consumer_status = consumer_state(service),
+	    .publisher_status = publisher_state(service),
 	    .stopping = service->stopping,
-	    .consumer_stopping = service->consumer_stopping,
-	    .publisher_stopping = service->publisher_stopping,
+	    .consumer_stopping = service->ending.consumer != NULL,
+	    .publisher_stopping = service->ending.publisher != NULL,
 	};
 	bool ready = true;
 	answer->content_type = "application/json";
@@ -209,12 +243,30 @@ static bool shares(const struct config *config)
 	return (config->role & CONFIG_ROLE_CONSUMER) && config_shares(&config->consumer);
 }
 
+/* Does the broker keep a session of ours, and queue messages in it? */
+static bool keeps_session(const struct config *config)
+{
+	return (config->role & CONFIG_ROLE_CONSUMER) && config->consumer.qos > 0;
+}
+
+static bool watches_broker(const struct config *config)
+{
+	return config->mqtt.watch_broker && (config->http.enabled || shares(config) || keeps_session(config));
+}
+
 static void start_broker(struct service *service)
 {
 	const struct config *config = service->config;
-	if (config->http.enabled || shares(config))
-		service->broker =
-		    broker_start(&service->loop, &config->mqtt, service->client_id, shares(config), service);
+	struct broker_options options = {.config = &config->mqtt,
+	                                 .client_id = service->client_id,
+	                                 .queues = keeps_session(config),
+	                                 .shares = shares(config)};
+	if (!watches_broker(config))
+		return;
+	service->broker = broker_start(&service->loop, &options, service);
+	/* Else when the consumer has subscribed: a broker that does not let that in need not be asked twice. */
+	if (!(config->role & CONFIG_ROLE_CONSUMER))
+		broker_go(service->broker);
 }
 
 static bool wants_status(const struct service *service)
@@ -230,20 +282,28 @@ static void publisher_stopped(void *owner);
 
 static void stop_consumer(struct service *service)
 {
-	if (service->consumer == NULL || service->consumer_stopping)
+	if (service->consumer == NULL)
 		return;
-	service->consumer_stopping = true;
-	consumer_stop(service->consumer, consumer_stopped);
+	service->ending.consumer = service->consumer;
+	service->consumer = NULL;
+	consumer_stop(service->ending.consumer, consumer_stopped);
+}
+
+static void stop_publisher(struct service *service)
+{
+	if (service->publisher == NULL)
+		return;
+	service->ending.publisher = service->publisher;
+	service->publisher = NULL;
+	publisher_stop(service->ending.publisher, publisher_stopped);
 }
 
 /* The publisher goes first: the consumer may have to store its last messages. */
 static void stop_next(struct service *service)
 {
-	if ((service->to_stop & CONFIG_ROLE_PUBLISHER) && service->publisher != NULL) {
-		if (!service->publisher_stopping)
-			publisher_stop(service->publisher, publisher_stopped);
-		service->publisher_stopping = true;
-	} else if ((service->to_stop & CONFIG_ROLE_CONSUMER) && service->consumer != NULL) {
+	if ((service->to_stop & CONFIG_ROLE_PUBLISHER) && has_publisher(service)) {
+		stop_publisher(service);
+	} else if ((service->to_stop & CONFIG_ROLE_CONSUMER) && has_consumer(service)) {
 		stop_consumer(service);
 	} else {
 		void (*stopped)(void *) = service->parts_stopped;
@@ -258,8 +318,7 @@ static void stop_next(struct service *service)
 static void consumer_stopped(void *owner)
 {
 	struct service *service = owner;
-	service->consumer = NULL;
-	service->consumer_stopping = false;
+	service->ending.consumer = NULL;
 	service->to_stop &= ~CONFIG_ROLE_CONSUMER;
 	service->subscribed = false;
 	state_unlock(service->state, "consumer");
@@ -270,8 +329,7 @@ static void consumer_stopped(void *owner)
 static void publisher_stopped(void *owner)
 {
 	struct service *service = owner;
-	service->publisher = NULL;
-	service->publisher_stopping = false;
+	service->ending.publisher = NULL;
 	service->to_stop &= ~CONFIG_ROLE_PUBLISHER;
 	state_unlock(service->state, "publisher");
 	log_info("service", "publisher stopped");
@@ -291,6 +349,8 @@ static void consumer_subscribed(void *owner)
 	service->subscribed = true;
 	if (service->publisher != NULL)
 		publisher_go(service->publisher);
+	if (service->broker != NULL)
+		broker_go(service->broker);
 }
 
 /* The count check has come to its end, and with it the run. */
@@ -323,7 +383,7 @@ static void start_check(struct service *service)
 static void all_published(uv_timer_t *timer)
 {
 	struct service *service = container_of(timer, struct service, published);
-	if (service->consumer == NULL || service->publisher == NULL)
+	if (service->consumer == NULL || service->publisher == NULL) /* or it is ending */
 		service_stop(service);
 	else if (service->check == NULL)
 		start_check(service);
@@ -373,8 +433,8 @@ static bool start_publisher(struct service *service, char *error, size_t error_s
 
 bool service_start_role(struct service *service, enum config_role role, char *error, size_t error_size)
 {
-	bool ending = service->stopping || ((role & CONFIG_ROLE_CONSUMER) && service->consumer_stopping) ||
-	              ((role & CONFIG_ROLE_PUBLISHER) && service->publisher_stopping);
+	bool ending = service->stopping || ((role & CONFIG_ROLE_CONSUMER) && service->ending.consumer != NULL) ||
+	              ((role & CONFIG_ROLE_PUBLISHER) && service->ending.publisher != NULL);
 	if (ending) {
 		snprintf(error, error_size, "the part is still stopping; start it when it has stopped");
 		return false;
@@ -394,8 +454,8 @@ void service_stop_role(struct service *service, enum config_role role, void (*st
 
 enum config_role service_roles(const struct service *service)
 {
-	return (enum config_role)((service->publisher != NULL ? CONFIG_ROLE_PUBLISHER : 0) |
-	                          (service->consumer != NULL ? CONFIG_ROLE_CONSUMER : 0));
+	return (enum config_role)((has_publisher(service) ? CONFIG_ROLE_PUBLISHER : 0) |
+	                          (has_consumer(service) ? CONFIG_ROLE_CONSUMER : 0));
 }
 
 /* ---- stopping ---- */
@@ -409,8 +469,17 @@ static void close_handle(uv_handle_t *handle, void *context)
 static void broker_stopped(void *owner)
 {
 	struct service *service = owner;
-	service->broker = NULL;
+	service->ending.broker = NULL;
 	finish_when_stopped(service);
+}
+
+static void stop_broker(struct service *service)
+{
+	if (service->broker == NULL)
+		return;
+	service->ending.broker = service->broker;
+	service->broker = NULL;
+	broker_stop(service->ending.broker, broker_stopped);
 }
 
 static void http_stopped(void *owner)
@@ -424,8 +493,8 @@ static void http_stopped(void *owner)
 /* Whoever watches may do so to the end: http goes last. */
 static void finish_when_stopped(struct service *service)
 {
-	if (!service->stopping || service->finishing || service->publisher != NULL || service->consumer != NULL ||
-	    service->broker != NULL || service->check != NULL)
+	if (!service->stopping || service->finishing || has_publisher(service) || has_consumer(service) ||
+	    service->ending.broker != NULL || service->check != NULL)
 		return;
 	service->finishing = true;
 	if (service->http != NULL)
@@ -454,12 +523,12 @@ static void shutdown_timed_out(uv_timer_t *timer)
 	log_warn("service", "shutdown_timeout has passed; handing back what is not stored");
 	service->hurried = true;
 	uv_timer_start(&service->shutdown, shutdown_timed_out, UNSTOPPABLE_MS, 0);
-	if (service->publisher != NULL)
-		publisher_hurry(service->publisher);
-	bool stopping = service->consumer_stopping;
+	if (service->ending.publisher != NULL)
+		publisher_hurry(service->ending.publisher);
+	bool stopping = service->ending.consumer != NULL;
 	stop_consumer(service);
-	if (service->consumer != NULL && (stopping || metrics_in_flight(&service->consumer_counters) > 0))
-		consumer_hurry(service->consumer);
+	if (service->ending.consumer != NULL && (stopping || metrics_in_flight(&service->consumer_counters) > 0))
+		consumer_hurry(service->ending.consumer);
 }
 
 /* Attempts to reach MongoDB may hang for as long as the driver's time-outs: they are worth waiting for only while a
@@ -467,7 +536,8 @@ static void shutdown_timed_out(uv_timer_t *timer)
 static void look_for_the_end(uv_timer_t *timer)
 {
 	struct service *service = container_of(timer, struct service, patience);
-	bool done = service->publisher == NULL && service->consumer != NULL && consumer_is_done(service->consumer);
+	bool done =
+	    !has_publisher(service) && service->ending.consumer != NULL && consumer_is_done(service->ending.consumer);
 	service->done_for_ms = done ? service->done_for_ms + PATIENCE_MS : 0;
 	if (service->done_for_ms < UNSTOPPABLE_MS)
 		return;
@@ -485,8 +555,7 @@ void service_stop(struct service *service)
 	if (service->check != NULL)
 		count_check_stop(service->check);
 	uv_timer_start(&service->shutdown, shutdown_timed_out, (uint64_t)service->config->shutdown_timeout_ms, 0);
-	if (service->broker != NULL)
-		broker_stop(service->broker, broker_stopped);
+	stop_broker(service);
 	service->to_stop = CONFIG_ROLE_BOTH;
 	stop_next(service);
 }
@@ -529,7 +598,7 @@ static void watch_signals(struct service *service)
 static void size_thread_pool(const struct config *config)
 {
 	char threads[16];
-	int connects = config->consumer.connections - 1 + (config->http.enabled || shares(config));
+	int connects = config->consumer.connections - 1 + watches_broker(config);
 	snprintf(threads, sizeof threads, "%d", config->consumer.workers + EXTRA_THREADS + connects);
 	setenv("UV_THREADPOOL_SIZE", threads, 1);
 }

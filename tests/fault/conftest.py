@@ -3,6 +3,7 @@
     scene(...)     starts a broker, a mongod and the service: a Scene (oracle.py)
     tmpfs(size)    a file system of its own of so many MiB, full sooner than a disk; root's only
     fsync_fault    a Fsync (faults.py): fsync fails while it is on
+    no_memory      a NoMemory (faults.py)
 """
 
 import contextlib
@@ -11,7 +12,7 @@ import subprocess
 
 import pytest
 
-from faults import Fsync
+from faults import Fsync, NoMemory
 from oracle import MONGO_SECRET, SERVICE, TESTER, Scene
 
 
@@ -52,3 +53,8 @@ def tmpfs(tmp_path):
 @pytest.fixture
 def fsync_fault(tmp_path):
     return Fsync(tmp_path)
+
+
+@pytest.fixture
+def no_memory(tmp_path):
+    return NoMemory(tmp_path)

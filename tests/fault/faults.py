@@ -1,6 +1,7 @@
 """Faults that are made, each with the proof that it happened.
 
     Fsync        fsync and fdatasync of the spool fail with EIO while it is on
+    NoMemory     one function of a library finds no memory while it is on
     Link         a TCP link that is slow, loses packets, or breaks in the middle of an answer
     faketime()   environment in which the wall clock is another, and the monotonic clock is not
     Clock        the same, and it can be set while the process runs
@@ -33,6 +34,26 @@ class Fsync:
 
     def on(self):
         self._control.touch()
+
+    def off(self):
+        self._control.unlink()
+
+    def failures(self):
+        return len(self._log.read_text().splitlines()) if self._log.exists() else 0
+
+
+class NoMemory:
+    """As Fsync; on() names the function, one of nomem.c."""
+
+    def __init__(self, directory):
+        self._control, self._log = Path(directory) / "no-memory", Path(directory) / "no-memory-failures"
+        library = Path(BUILD) / "tests" / "fault" / "fault_nomem.so"
+        assert library.exists(), f"no {library}: it is built with the program"
+        self.environment = {"LD_PRELOAD": str(library), "FAULT_NOMEM_CONTROL": str(self._control),
+                            "FAULT_NOMEM_LOG": str(self._log)}
+
+    def on(self, function):
+        self._control.write_text(function)
 
     def off(self):
         self._control.unlink()

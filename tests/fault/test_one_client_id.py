@@ -11,7 +11,7 @@ they were thrown out in the first and in the second half, lost (0), duplicates.
 import pytest
 
 from oracle import SERVICE, SUBSCRIBED, pause, scaled
-from stream import CLIENT
+from stream import CLIENT, SESSION
 
 
 @pytest.mark.timeout(scaled(120, 200))
@@ -30,7 +30,7 @@ def test_two_services(scene, service, protocol):
         for _ in range(2):
             brokers = it.broker.mark()
             pause(half)
-            thrown_out.append(it.broker.log[brokers:].count("already connected, closing old connection"))
+            thrown_out.append(it.broker.log[brokers:].count(f"{SESSION} already connected, closing old connection"))
         said = [it.running.log[mark:], second.log]
         stopped = second.stop()["consumer"]
         stream.wait(len(stream.acknowledged) + 500)

@@ -26,6 +26,7 @@ class Certificates:
     expired   as server, but no longer valid
     client    of the client named `client`
     other_ca  Certificate of an authority that signed none of them
+    self_signed  as server, but signed by itself
     """
 
     def __init__(self, directory):
@@ -38,16 +39,18 @@ class Certificates:
         self.wrong = self.issue("wrong", "DNS:elsewhere.example")
         self.expired = self.issue("expired", here, days=-1)
         self.client = self.issue("client")
+        self.self_signed = self._authority("self_signed", "-addext", f"subjectAltName={here}")
 
     def _key(self, name):
         key = self.directory / f"{name}.key"
         _openssl("genpkey", "-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:P-256", "-out", key, directory=self.directory)
         return key
 
-    def _authority(self, name):
+    def _authority(self, name, *extensions):
         pair = Certificate(self.directory / f"{name}.crt", self._key(name))
         _openssl("req", "-x509", "-new", "-key", pair.key, "-subj", f"/CN=mqtt2mongo test {name}", "-days", 2,
-                 "-addext", "keyUsage=critical,keyCertSign,cRLSign", "-out", pair.cert, directory=self.directory)
+                 *(extensions or ("-addext", "keyUsage=critical,keyCertSign,cRLSign")), "-out", pair.cert,
+                 directory=self.directory)
         return pair
 
     def issue(self, name, names=None, days=2):

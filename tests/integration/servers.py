@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pymongo
@@ -50,6 +51,19 @@ def mosquittos():
     """Every mosquitto there is here, by version: the installed one and that of shared_broker(), where it is another."""
     found = {version_of(each): each for each in (_program("MQTT2MONGO_MOSQUITTO", "mosquitto"), shared_broker()) if each}
     return list(found.values())
+
+
+_IS_NEXT = "import ctypes, sys; sys.exit(ctypes.CDLL('libmosquitto.so.1').mosquitto_lib_version(None, None, None) < 2_001_000)"
+
+
+def next_library():
+    """The environment with which a program loads a libmosquitto from 2.1 on, as scripts/setup.sh finds one; None without one."""
+    candidates = (os.environ.get("MQTT2MONGO_LIBMOSQUITTO_NEXT"), ROOT / "build" / "libmosquitto-next" / "lib")
+    for environment in [{}, *({"LD_LIBRARY_PATH": str(each)} for each in candidates if each)]:
+        if subprocess.run([sys.executable, "-c", _IS_NEXT], env=os.environ | environment, capture_output=True, check=False,
+                          timeout=10).returncode == 0:
+            return environment
+    return None
 
 
 def _start_listening(process, argv_for_port, port, timeout):

@@ -12,7 +12,7 @@ import pytest
 
 import clients
 import skips
-from processes import Process, accepts, free_port, wait_until
+from processes import ROOT, Process, accepts, free_port, wait_until
 from service import Service, check_sums
 
 pytestmark = pytest.mark.not_sanitized("it is about the tests' own tools")
@@ -295,3 +295,15 @@ def test_free_ports_are_free():
     begun = time.monotonic()
     assert not accepts(free_port())
     assert time.monotonic() - begun < 1
+
+
+def test_the_demo_builds_the_program_alone(tmp_path):
+    """Whoever only wants to see it run need not have what the tests are compiled with. This ninja notes what it was asked for."""
+    ninja = tmp_path / "ninja"
+    ninja.write_text(f'#!/bin/sh\necho "$@" >>{tmp_path}/asked\nexit 1\n')
+    ninja.chmod(0o755)
+    done = subprocess.run([ROOT / "scripts" / "demo"], capture_output=True, text=True, check=False, timeout=60,
+                          env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"})
+    assert done.returncode == 1, done.stderr
+    asked = (tmp_path / "asked").read_text().splitlines()
+    assert [line.split()[2:] for line in asked] == [["src/mqtt2mongo"]], asked

@@ -19,7 +19,8 @@ from service import GATE_OPEN_BUILD
 CONNECT_TIMEOUT = 1
 SHUTDOWN_TIMEOUT = 2
 UNSTOPPABLE = 2  # what a worker that hangs in the resolver or the driver gets on top
-IMPATIENT = {"mqtt.connect_timeout": f"{CONNECT_TIMEOUT}s", "mqtt.reconnect.min": "200ms", "mqtt.reconnect.max": "2s",
+ALONE = {"mqtt.watch_broker": "false"}  # no other connection than those that are looked at
+IMPATIENT = ALONE | {"mqtt.connect_timeout": f"{CONNECT_TIMEOUT}s", "mqtt.reconnect.min": "200ms", "mqtt.reconnect.max": "2s",
              "shutdown_timeout": f"{SHUTDOWN_TIMEOUT}s"}
 CONNACK = b"\x20\x03\x00\x00\x00"  # MQTT 5: accepted, no properties
 
@@ -149,6 +150,34 @@ def test_a_broker_that_misbehaves_after_connack(consumer, mosquitto, kind):
     with peers.Peer(peers.answer(CONNACK + (data or b""), close=data is None)) as peer:
         _assert_weathers(consumer(peer.port), peer, NOT_MQTT if data else HUNG_UP, mosquitto, lines=None,
                          attempts=lambda: len(peer.accepted) // 2)
+
+
+@pytest.mark.parametrize("protocol", ["5", "3.1.1"])
+def test_a_broker_that_hangs_up_over_connect(consumer, protocol):
+    """As those do that know only MQTT 3.1.1: the line says what else to try, unless it is that already."""
+    with peers.Peer(peers.answer(close=True)) as peer:
+        process = _start(consumer(peer.port, **{"mqtt.protocol": protocol}))
+        said = process.wait_log("the broker hung up before it answered.*").group()
+        assert ("try mqtt.protocol 3.1.1" in said) == (protocol == "5")
+        _assert_stops(process)
+
+
+@pytest.mark.parametrize("protocol, holding", [("5", False), ("3.1.1", False), ("3.1.1", True)])
+def test_another_client_with_the_same_id(consumer, mosquitto, fresh_mongod, protocol, holding):
+    """Whether it reads at that moment or holds messages: the line names the client id."""
+    broker, mongod = mosquitto(), fresh_mongod()
+    process = _start(consumer(broker.port, **{"mqtt.client_id": "same", "mqtt.protocol": protocol, "mongodb.uri": mongod.uri,
+                                              "spool.max_size": 0}))
+    process.wait_log("subscribed to")
+    if holding:
+        mongod.sigstop()
+        assert clients.publish(broker.port, 3)
+        wait_until(lambda: process.sums()["consumer"]["in_flight"] >= 1, 10, process.tail)  # the others may not have been read
+    with clients.connected(broker.port, client_id="same-1", protocol=5 if protocol == "5" else 4):
+        said = process.wait_log('"level":"warn","room":"mqtt","message":"(.*)"').group(1)
+    assert "client id" in said
+    mongod.sigcont()
+    _assert_stops(process)
 
 
 def test_backoff_grows(consumer):
@@ -499,7 +528,7 @@ def test_what_is_sent_again_on_a_live_connection_says_dup(service, fresh_mongod)
     """Such a broker, while an insert takes 2 s: the second copy is stored with dup, and what comes after both without."""
     mongod = fresh_mongod()
     with _Resending() as broker:
-        running = service(broker=broker, mongod=mongod, settings={"spool.max_size": 0, "mqtt.client_id": "c"})
+        running = service(broker=broker, mongod=mongod, settings=ALONE | {"spool.max_size": 0, "mqtt.client_id": "c"})
         running.wait_log("subscribed to")
         for number in range(5):  # rounds without DUP: nothing is expected to come again
             broker.publish(1, number)
@@ -517,6 +546,51 @@ def test_what_is_sent_again_on_a_live_connection_says_dup(service, fresh_mongod)
               for document in mongod.client().mqtt2mongo.messages.find().sort("received_at", 1)]
     assert stored == [*((number, False) for number in range(6)), (5, True), (6, False)]
     assert sums["consumer"]["redelivered"] == 1
+
+
+# ---- a broker that answers a part while another one ends
+
+
+class _Late(peers.Peer):
+    """A broker that answers the consumer's SUBSCRIBE only when the publisher disconnects, and then so often that the consumer has
+    answers to read in every turn of the loop in which the publisher comes to its end."""
+
+    ANSWERS = 20_000
+
+    def __init__(self):
+        super().__init__(self._serve)
+        self.subscribed = None  # (connection, SUBACK) of the consumer
+
+    def _serve(self, connection, _ending):
+        with connection.makefile("rb") as stream:
+            publishes = False
+            while first := stream.read(1):
+                body = stream.read(stream.read(1)[0])  # all are short: one byte of length
+                if first[0] >> 4 == peers.CONNECT:
+                    publishes = body.endswith(b"-pub")
+                    connection.sendall(CONNACK)
+                elif first[0] >> 4 == peers.SUBSCRIBE:
+                    self.subscribed = connection, b"\x90\x04" + body[:2] + b"\0\x01"
+                elif first[0] >> 4 == peers.DISCONNECT:
+                    break
+        if publishes:
+            consumer, answer = self.subscribed
+            consumer.sendall(answer * self.ANSWERS)
+        # Peer hangs up
+
+
+def test_stopping_while_the_consumer_is_being_subscribed(service, mongod, database):
+    """What the consumer hears while the publisher stops must not reach the publisher any more: parts of it are gone by then."""
+    with _Late() as broker:
+        running = service(started=False, broker=broker, mongod=mongod, database=database, role="both", settings=IMPATIENT)
+        for _ in range(3):
+            broker.subscribed = None
+            mark = running.mark()
+            running.start()
+            running.wait_log("publisher: connected to", after=mark)
+            wait_until(lambda: broker.subscribed, what=lambda: f"the consumer subscribes\n{running.tail()}")
+            running.stop()
+            assert "subscribed to" in running.log[mark:], "the answers came too late"
 
 
 # ---- a stall over TLS

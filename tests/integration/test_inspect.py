@@ -221,6 +221,27 @@ def catches(running, number):
     return caught >> (number - 1) & 1
 
 
+@pytest.mark.parametrize("protocol, most", [("5", 1800), ("3.1.1", 1020)])
+def test_check_warns_of_retained_messages_that_would_not_arrive(mosquitto, mongod, service, database, protocol, most):
+    """A broker with default settings sends so many of them to a new subscription, and drops the others in silence."""
+    broker = mosquitto(base="\n", extra=["sys_interval 1"])
+    with clients.Subscriber(broker.port, "$SYS/broker/retained messages/count") as subscriber:
+        def held(count):
+            wait_until(lambda: subscriber.messages and int(subscriber.messages[-1].payload) >= count, 10,
+                       lambda: f"{count} retained: {[message.payload for message in subscriber.messages]}")
+
+        settings = {"mqtt.protocol": protocol}
+        held(1)
+        assert "warning" not in check(service, broker=broker, mongod=mongod, database=database, settings=settings)[0]
+        clients.publish(broker.port, 2000, lambda index: f"sensors/{index}", retain=True)
+        held(2000)
+        said = check(service, broker=broker, mongod=mongod, database=database, settings=settings)[0]
+        warning, = re.findall(r"^broker +warning: it holds (\d+) retained messages; .* sends (\d+) .*max_queued_messages", said, re.M)
+        assert int(warning[0]) >= 2000 and int(warning[1]) == most
+        settings["mqtt.watch_broker"] = "false"
+        assert "warning" not in check(service, broker=broker, mongod=mongod, database=database, settings=settings)[0]
+
+
 # --- --dry-run -------------------------------------------------------------------------------------------------------------
 
 

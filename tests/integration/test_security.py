@@ -216,6 +216,17 @@ def test_tls_with_the_wrong_authority(mosquitto, mongod, service, database, cert
     check_refusal(running, ["TLS failed", "certificate", "mqtt.tls.ca"], broker)
 
 
+def test_tls_with_a_self_signed_certificate(mosquitto, mongod, service, database, certificates, tls):
+    """As many home brokers have one. The remedy that the line names is one."""
+    broker = mosquitto(tls=certificates, certificate=certificates.self_signed)
+    running = service(broker=broker, mongod=mongod, database=database, settings=tls)
+    check_refusal(running, ["TLS failed", "self-signed", "mqtt.tls.ca"], broker)
+    running.settings["mqtt.tls.ca"] = certificates.self_signed.cert
+    running.start()
+    stores(running, broker)
+    running.stop()
+
+
 def test_tls_with_the_name_of_another_host(mosquitto, mongod, service, database, certificates, tls):
     broker = mosquitto(tls=certificates, certificate=certificates.wrong)
     running = service(broker=broker, mongod=mongod, database=database, settings=tls)

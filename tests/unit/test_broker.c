@@ -41,8 +41,29 @@ static void what_is_no_version(void **state)
 	assert_true(broker_loses_shares("mosquitto version 2.0.11", 23)); /* ends behind 2.0.1 */
 }
 
+static bool reads(const char *text, uint64_t expected)
+{
+	uint64_t number = UINT64_MAX;
+	return broker_number(text, strlen(text), &number) && number == expected;
+}
+
+static void numbers(void **state)
+{
+	uint64_t number;
+	assert_true(reads("0", 0));
+	assert_true(reads("007", 7));
+	assert_true(reads("9999999999999999999", UINT64_C(9999999999999999999)));
+	assert_false(reads("", 0));
+	assert_false(reads("10000000000000000000", 0));
+	assert_false(reads("-1", 0));
+	assert_false(reads("1.5", 0));
+	assert_false(reads("12 ", 0));
+	assert_true(broker_number("123", 2, &number) && number == 12);
+}
+
 int main(void)
 {
-	const struct CMUnitTest tests[] = {cmocka_unit_test(versions), cmocka_unit_test(what_is_no_version)};
+	const struct CMUnitTest tests[] = {cmocka_unit_test(versions), cmocka_unit_test(what_is_no_version),
+	                                   cmocka_unit_test(numbers)};
 	return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -135,6 +135,7 @@ static void defaults(void **state)
 	assert_int_equal(config.mqtt.connect_timeout_ms, 5000);
 	assert_int_equal(config.mqtt.session_expiry_ms, 7LL * 86400000);
 	assert_int_equal(config.mqtt.receive_maximum, 800);
+	assert_true(config.mqtt.watch_broker);
 	assert_false(config.mqtt.tls.enabled);
 	assert_int_equal(config.mqtt.reconnect_min_ms, 1000);
 	assert_int_equal(config.mqtt.reconnect_max_ms, 30000);

@@ -59,7 +59,7 @@ static int start_terminal(void **state)
 	return 0;
 }
 
-static int stop(void **state)
+static int end_pipe(void **state)
 {
 	log_status(NULL);
 	dup2(true_stderr, STDERR_FILENO);
@@ -285,19 +285,19 @@ static void stalled_reader(void **state)
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
-	    cmocka_unit_test_setup_teardown(text_line, start_pipe, stop),
-	    cmocka_unit_test_setup_teardown(levels, start_pipe, stop),
-	    cmocka_unit_test_setup_teardown(forged_lines_are_escaped, start_pipe, stop),
-	    cmocka_unit_test_setup_teardown(errno_survives, start_pipe, stop),
-	    cmocka_unit_test_setup_teardown(json_line, start_pipe, stop),
-	    cmocka_unit_test_setup_teardown(json_survives_hostile_bytes, start_pipe, stop),
-	    cmocka_unit_test_setup_teardown(long_lines_are_cut, start_pipe, stop),
-	    cmocka_unit_test_setup_teardown(repeats_are_left_out, start_pipe, stop),
-	    cmocka_unit_test_setup_teardown(long_repeats_are_compared, start_pipe, stop),
-	    cmocka_unit_test_setup_teardown(status_elsewhere_is_a_line, start_pipe, stop),
-	    cmocka_unit_test_setup_teardown(threads_do_not_mix, start_pipe, stop),
-	    cmocka_unit_test_setup_teardown(stalled_reader, start_pipe, stop),
-	    cmocka_unit_test_setup_teardown(status_on_a_terminal, start_terminal, stop),
+	    cmocka_unit_test_setup_teardown(text_line, start_pipe, end_pipe),
+	    cmocka_unit_test_setup_teardown(levels, start_pipe, end_pipe),
+	    cmocka_unit_test_setup_teardown(forged_lines_are_escaped, start_pipe, end_pipe),
+	    cmocka_unit_test_setup_teardown(errno_survives, start_pipe, end_pipe),
+	    cmocka_unit_test_setup_teardown(json_line, start_pipe, end_pipe),
+	    cmocka_unit_test_setup_teardown(json_survives_hostile_bytes, start_pipe, end_pipe),
+	    cmocka_unit_test_setup_teardown(long_lines_are_cut, start_pipe, end_pipe),
+	    cmocka_unit_test_setup_teardown(repeats_are_left_out, start_pipe, end_pipe),
+	    cmocka_unit_test_setup_teardown(long_repeats_are_compared, start_pipe, end_pipe),
+	    cmocka_unit_test_setup_teardown(status_elsewhere_is_a_line, start_pipe, end_pipe),
+	    cmocka_unit_test_setup_teardown(threads_do_not_mix, start_pipe, end_pipe),
+	    cmocka_unit_test_setup_teardown(stalled_reader, start_pipe, end_pipe),
+	    cmocka_unit_test_setup_teardown(status_on_a_terminal, start_terminal, end_pipe),
 	};
 	return cmocka_run_group_tests(tests, NULL, NULL);
 }

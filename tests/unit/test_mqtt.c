@@ -29,7 +29,9 @@ static void on_down(void *owner)
 
 static void on_closed(void *owner)
 {
-	((struct attempt *)owner)->closed++;
+	struct attempt *attempt = owner;
+	attempt->closed++;
+	mqtt_free(attempt->mqtt);
 }
 
 /* After the poll phase of a turn, before handles that were closed in it are given back. */
