@@ -112,6 +112,7 @@ const struct config_entry config_entries[] = {
      .help = "how long a write may wait for them before it is tried again"},
 
     {.key = "consumer.topic", .type = CONFIG_TYPE_TEXT, .initial = "sensors/#", AT(consumer.topic),
+     .once = CONFIG_ONE_FILTER,
      .help = "topic filter to subscribe to; + stands for one level, # at the end for all further ones"},
     {.key = "consumer.qos", .type = CONFIG_TYPE_INTEGER, .initial = "1", .least = "0", .most = "2", AT(consumer.qos),
      .help = "quality of service to subscribe with; 2 is subscribed as 1, 0 may lose messages"},
@@ -120,6 +121,7 @@ const struct config_entry config_entries[] = {
     {.key = "consumer.dead_letter", .type = CONFIG_TYPE_TEXT, .initial = "dead_letter", AT(consumer.dead_letter),
      .help = "collection for messages that are no JSON or that MongoDB refuses, byte for byte and with the reason"},
     {.key = "consumer.id", .type = CONFIG_TYPE_LIST, .initial = "objectid", AT(consumer.id_parts),
+     .once = "give all its parts in one, between commas",
      .help = "what makes a document's _id: objectid, a new one for each delivery, or a list of parts of the message, of "
              "which each is topic, a JSON pointer into the payload as in /id, or user-property:NAME"},
     {.key = "consumer.connections", .type = CONFIG_TYPE_INTEGER, .initial = "1", .least = "1", .most = "64",
@@ -141,8 +143,9 @@ const struct config_entry config_entries[] = {
      AT(consumer.batch_bytes),
      .initial_note = "8MiB, or consumer.max_payload if that is more",
      .help = "the most bytes of topics and payloads stored and acknowledged together"},
-    {.key = "consumer.qos0_topic", .type = CONFIG_TYPE_TEXT, AT(consumer.qos0_topic),
-     .help = "a second topic filter, subscribed at QoS 0 on a connection of its own, for messages that may be lost"},
+    {.key = "consumer.qos0_topic", .type = CONFIG_TYPE_TEXT, AT(consumer.qos0_topic), .once = CONFIG_ONE_FILTER,
+     .help = "a second topic filter, subscribed at QoS 0 on a connection of its own, for messages that may be lost; no "
+             "topic may match both filters"},
     {.key = "consumer.qos0_buffer", .type = CONFIG_TYPE_SIZE, .initial = "16MiB", .least = "64KiB", .most = "1GiB",
      AT(consumer.qos0_buffer),
      .help = "the most memory for such messages while they wait for MongoDB; what comes beyond it is dropped and counted"},
@@ -410,6 +413,8 @@ static void read_key_flag(struct config_loader *loader, struct arguments *argume
                           char *behind_name)
 {
 	char *flag = config_spell(CONFIG_SOURCE_FLAG, entry->key), *value = NULL;
+	if (entry->once != NULL && loader->settings[entry - config_entries].source == CONFIG_SOURCE_FLAG)
+		config_error(loader, "%s: is given twice, %s", flag, entry->once);
 	if (entry->type == CONFIG_TYPE_BOOLEAN) {
 		config_offer(loader, CONFIG_SOURCE_FLAG, entry, CONFIG_KIND_PLAIN, take_boolean(arguments, behind_name),
 		             flag);

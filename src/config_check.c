@@ -154,6 +154,8 @@ static const char *filter_fault(const char *filter)
 		return "is not UTF-8 without control characters, as MQTT topics must be";
 	if (strncmp(filter, "$share/", 7) == 0 || strcmp(filter, "$share") == 0)
 		return "give the filter without $share/GROUP/, and the name of the group in consumer.share";
+	if (strchr(filter, ',') != NULL)
+		return "holds a comma, " CONFIG_ONE_FILTER "; for a comma in a topic write + for that level";
 	for (const char *level = filter; level != NULL; level = strchr(level, '/') ? strchr(level, '/') + 1 : NULL) {
 		size_t length = strcspn(level, "/");
 		if (memchr(level, '#', length) != NULL && (length != 1 || level[1] != '\0'))
@@ -162,6 +164,27 @@ static const char *filter_fault(const char *filter)
 			return "+ must be a whole level, as in sensors/+/readings";
 	}
 	return NULL;
+}
+
+/* Is there a topic that both filters match (MQTT 5 §4.7)? Both are without fault. */
+static bool filters_meet(const char *a, const char *b)
+{
+	bool reserved = (a[0] == '$') != (b[0] == '$'); /* no wildcard stands for a first level with $ */
+	if (reserved && strchr("+#", a[0] == '$' ? b[0] : a[0]) != NULL)
+		return false;
+	for (;;) {
+		size_t a_length = strcspn(a, "/"), b_length = strcspn(b, "/");
+		if (a[0] == '#' || b[0] == '#')
+			return true;
+		if (a[0] != '+' && b[0] != '+' && (a_length != b_length || memcmp(a, b, a_length) != 0))
+			return false;
+		a += a_length;
+		b += b_length;
+		if (*a == '\0' || *b == '\0') /* "x/#" matches "x" too */
+			return strcmp(*a == '\0' ? b : a, "") == 0 || strcmp(*a == '\0' ? b : a, "/#") == 0;
+		a++;
+		b++;
+	}
 }
 
 static void check_publisher_topic(struct config_loader *loader)
@@ -191,6 +214,8 @@ static const char *collection_fault(const char *name, const char *database)
 		return "names that start with system. belong to MongoDB itself";
 	if (name[0] == '.' || name[strlen(name) - 1] == '.' || strstr(name, "..") != NULL)
 		return "a collection's name must not start or end with a dot or hold two in a row";
+	if (strpbrk(name, "{}") != NULL)
+		return "nothing is put in for braces, all messages go into one collection; give a name without them";
 	if (strlen(database) + 1 + strlen(name) > NAMESPACE_LIMIT)
 		return "database and collection together are longer than 255 bytes, MongoDB allows no more";
 	return is_mqtt_text(name) ? NULL : "is not UTF-8 without control characters";
@@ -282,6 +307,23 @@ static void check_share(struct config_loader *loader)
 		complain(loader, "consumer.connections", "with consumer.qos 0 there is one connection only");
 }
 
+/* The two filters are subscribed on two connections: the broker sends a message that both match on each. */
+static void check_qos0_topic(struct config_loader *loader)
+{
+	const struct config_consumer *consumer = &loader->config->consumer;
+	const char *fault = consumer->qos0_topic == NULL ? NULL : filter_fault(consumer->qos0_topic);
+	if (consumer->qos0_topic == NULL)
+		return;
+	if (consumer->qos == 0)
+		fault = "has no effect with consumer.qos 0, which takes consumer.topic that way";
+	else if (fault == NULL && filter_fault(consumer->topic) == NULL &&
+	         filters_meet(consumer->topic, consumer->qos0_topic))
+		fault =
+		    "a topic can match this filter and consumer.topic as well, and its messages would be stored twice; "
+		    "narrow one of the two, or leave this one out";
+	complain(loader, "consumer.qos0_topic", fault);
+}
+
 static void check_consumer(struct config_loader *loader)
 {
 	struct config_consumer *consumer = &loader->config->consumer;
@@ -294,12 +336,7 @@ static void check_consumer(struct config_loader *loader)
 	if (strcmp(consumer->collection, consumer->dead_letter) == 0)
 		complain(loader, "consumer.dead_letter",
 		         "is the same as consumer.collection, dead letters need a collection of their own");
-	if (consumer->qos0_topic != NULL)
-		complain(loader, "consumer.qos0_topic",
-		         consumer->qos == 0 ? "has no effect with consumer.qos 0, which takes consumer.topic that way"
-		         : strcmp(consumer->qos0_topic, consumer->topic) == 0
-		             ? "is the same as consumer.topic, every message would be stored twice"
-		             : filter_fault(consumer->qos0_topic));
+	check_qos0_topic(loader);
 	if (consumer->qos == 0)
 		config_warning(loader,
 		               "%s: 0 promises less than 1: what is on its way while a connection or process ends "

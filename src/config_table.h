@@ -38,6 +38,10 @@ struct config_choice {
 	int value;
 };
 
+/* What to do where several topic filters are wanted. */
+#define CONFIG_ONE_FILTER                                                                                              \
+	"there is one filter only; take one that matches all, or run a service with a state_dir of its own for each"
+
 /* One key. Default and range are written as a user writes them: the same text is parsed, checked and printed. */
 struct config_entry {
 	const char *key;
@@ -50,6 +54,7 @@ struct config_entry {
 	size_t set_offset;                   /* of the bool that says "set by the user"; 0: there is none */
 	const char *initial_note;            /* what documentation says instead of `initial`, or NULL */
 	const char *help;
+	const char *once; /* why its flag is given once and what to do instead, or NULL: the last one counts */
 };
 
 extern const struct config_entry config_entries[];

@@ -61,6 +61,8 @@ def test_help_with_a_reader_that_goes_away():
     (["--role", "produce"], ["--role", "publisher", "consumer", "both"]),
     (["-c", "/no/such/file.json"], ["/no/such/file.json", "No such file"]),
     (["--mongodb-write-concern-w", "0"], ["--mongodb-write-concern-w", "0 is refused"]),
+    (["--consumer-topic", "a/#", "--consumer-qos0-topic", "a/fast"], ["--consumer-qos0-topic", "stored twice", "narrow one"]),
+    (["--consumer-topic", "a/#", "--consumer-topic", "b/#"], ["--consumer-topic", "given twice", "one that matches all"]),
 ])
 def test_mistakes(arguments, words):
     status, output, errors = run("--role", "both", *arguments)

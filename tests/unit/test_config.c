@@ -7,6 +7,7 @@
 #include "config_table.h"
 
 #include <math.h>
+#include <mosquitto.h>
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -561,6 +562,137 @@ static void topics(void **state)
 	warns("--role|both|--publisher-topic|a/{devcie}", "only {device} is replaced");
 }
 
+/* Each of these pairs of filters, in either order; a topic that both match, or none. */
+static void filters_that_meet(void **state)
+{
+	static const char *const MEET[][2] = {
+	    {"sensors/#", "sensors/a"},
+	    {"sensors/#", "sensors"},
+	    {"sensors/#", "sensors/+/fast"},
+	    {"sensors/#", "sensors/#"},
+	    {"#", "a"},
+	    {"#", "+/+"},
+	    {"a/+", "a/b"},
+	    {"a/+/c", "a/b/+"},
+	    {"+/a", "b/+"},
+	    {"a/+/#", "a/b"},
+	    {"a/b/#", "a/+"},
+	    {"+", "#"},
+	    {"/#", "+/a"},
+	    {"/", "+/+"},
+	    {"$SYS/#", "$SYS/broker/+"},
+	    {"a/#", "+/+/c/d/#"},
+	    {"$SYS/+", "$SYS/x"},
+	};
+	static const char *const APART[][2] = {
+	    {"sensors/#", "camera/#"}, {"sensors/#", "sensor"}, {"a/+", "a"},    {"a/+", "a/b/c"},
+	    {"a/+/c", "a/+/d"},        {"a/+/#", "a"},          {"+", "a/b"},    {"a", "a/"},
+	    {"#", "$SYS/a"},           {"+/a", "$SYS/a"},       {"#", "$SYS/#"}, {"a", "A"},
+	    {"aa/#", "a/#"},
+	};
+	char *flags;
+	for (size_t i = 0; i < 2 * (sizeof MEET / sizeof MEET[0]); i++) {
+		const char *topic = MEET[i / 2][i % 2], *qos0 = MEET[i / 2][1 - i % 2];
+		assert_true(asprintf(&flags, "--role|both|--consumer-topic=%s|--consumer-qos0-topic=%s", topic, qos0) >
+		            0);
+		refuses(flags, "--consumer-qos0-topic: a topic can match this filter and consumer.topic as well");
+		free(flags);
+	}
+	for (size_t i = 0; i < 2 * (sizeof APART / sizeof APART[0]); i++) {
+		const char *topic = APART[i / 2][i % 2], *qos0 = APART[i / 2][1 - i % 2];
+		assert_true(asprintf(&flags, "--role|both|--consumer-topic=%s|--consumer-qos0-topic=%s", topic, qos0) >
+		            0);
+		accepts(flags);
+		free(flags);
+	}
+	refuses("--role|both|--consumer-topic|a/#/b|--consumer-qos0-topic|a", "# must be a whole level");
+	assert_null(strstr(said, "can match this filter"));
+}
+
+static const char *const FIRST[] = {"a", "$x", "+", "#"}, *const FURTHER[] = {"a", "b", "+", "#"};
+
+/* The number-th filter or topic of one to `most` levels, of `kinds` kinds each; false: there is no such. */
+static bool name_levels(unsigned number, unsigned kinds, unsigned most, char name[16])
+{
+	unsigned levels = 1, all = kinds;
+	while (number >= all && levels < most) {
+		number -= all;
+		all *= kinds;
+		levels++;
+	}
+	name[0] = '\0';
+	for (unsigned level = 0; level < levels; level++, number /= kinds) {
+		strcat(name, level == 0 ? "" : "/");
+		strcat(name, (level == 0 ? FIRST : FURTHER)[number % kinds]);
+	}
+	return number == 0;
+}
+
+static bool matches(const char *filter, const char *topic)
+{
+	bool result = false;
+	assert_int_equal(mosquitto_topic_matches_sub(filter, topic, &result), MOSQ_ERR_SUCCESS);
+	return result;
+}
+
+static bool a_topic_matches(const char *a, const char *b)
+{
+	char topic[16];
+	for (unsigned i = 0; name_levels(i, 2, 4, topic); i++)
+		if (matches(a, topic) && matches(b, topic))
+			return true;
+	return false;
+}
+
+/* The library that matches topics against filters is asked about all short ones. */
+static void filters_meet_where_a_topic_matches_both(void **state)
+{
+	char a[16], b[16], *flags;
+	unsigned pairs = 0;
+	for (unsigned i = 0; name_levels(i, 4, 3, a); i++)
+		for (unsigned j = 0; name_levels(j, 4, 3, b); j++) {
+			if (mosquitto_sub_topic_check(a) != MOSQ_ERR_SUCCESS ||
+			    mosquitto_sub_topic_check(b) != MOSQ_ERR_SUCCESS)
+				continue;
+			assert_true(asprintf(&flags, "--role|both|--consumer-topic=%s|--consumer-qos0-topic=%s", a, b) >
+			            0);
+			bool meet = load(flags) == CONFIG_INVALID;
+			free(flags);
+			if (meet != a_topic_matches(a, b))
+				fail_msg("%s and %s meet: %d", a, b, meet);
+			pairs++;
+		}
+	assert_true(pairs > 1500);
+}
+
+/* What looks like several filters or collections, and has no such meaning. */
+static void one_filter_and_one_collection(void **state)
+{
+	static const char twice[] =
+	    "--consumer-topic: is given twice, there is one filter only; take one that matches all, or "
+	    "run a service with a state_dir of its own for each";
+	refuses("--role|both|--consumer-topic|a/#|--consumer-topic|b/#", twice);
+	refuses("--role|both|--consumer-topic=a/#|--consumer-topic=a/#", twice);
+	refuses("--role|both|--consumer-qos0-topic|a|--consumer-qos0-topic|b", "--consumer-qos0-topic: is given twice");
+	refuses("--role|both|--consumer-id|topic|--consumer-id|/ts",
+	        "--consumer-id: is given twice, give all its parts in one, between commas");
+	accepts("--role|both|--publisher-rate|1/s|--publisher-rate|2/s"); /* as a wrapper's flags and the user's: the
+	                                                                     last */
+	assert_true(config.publisher.rate == 2);
+	write_file("a.json", "{\"consumer\": {\"topic\": \"a/#\"}}");
+	accepts("--role|both|-c|a.json|--consumer-topic|b/#"); /* a flag beats the file, as ever */
+	refuses("--role|both|--consumer-topic|a/#,b/#",
+	        "--consumer-topic: holds a comma, there is one filter only; take one that matches all, or run a "
+	        "service with a "
+	        "state_dir of its own for each; for a comma in a topic write + for that level");
+	refuses("--role|both|--consumer-qos0-topic|a,b", "--consumer-qos0-topic: holds a comma");
+	accepts("--role|both|--publisher-topic|a,b");
+	refuses("--role|both|--consumer-collection|m_{device}",
+	        "--consumer-collection: nothing is put in for braces, all messages go into one collection; give a name "
+	        "without them");
+	refuses("--role|both|--consumer-dead-letter|}", "--consumer-dead-letter: nothing is put in for braces");
+}
+
 static void share_groups(void **state)
 {
 	char *flags;
@@ -1093,6 +1225,9 @@ int main(void)
 	    TEST(hosts),
 	    TEST(identity),
 	    TEST(topics),
+	    TEST(filters_that_meet),
+	    TEST(filters_meet_where_a_topic_matches_both),
+	    TEST(one_filter_and_one_collection),
 	    TEST(share_groups),
 	    TEST(mongodb_names),
 	    TEST(crossed_values),
