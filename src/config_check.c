@@ -35,7 +35,7 @@ static char *join(const char *directory, const char *name)
 /* mqtt.host as a URL: say which settings it stands for. The URL may hold a password and is not quoted. */
 static void refuse_url(struct config_loader *loader, const char *url)
 {
-	const char *rest = strstr(url, "://") + 3, *at = strrchr(rest, '@');
+	const char *rest = strstr(url, "://") + 3, *at = config_credentials_end(rest);
 	const char *host = at != NULL ? at + 1 : rest;
 	int host_length = (int)strcspn(host, ":/?");
 	int port_length = host[host_length] == ':' ? (int)strspn(host + host_length + 1, "0123456789") : 0;

@@ -144,6 +144,9 @@ void config_check(struct config_loader *loader);
 
 /* config_uri.c */
 void config_check_uri(struct config_loader *loader);
+/* The '@' that ends the credentials in a URI's text behind "://", or NULL: there are none. Who shows a URI or part of
+ * one asks this function where they end. */
+const char *config_credentials_end(const char *rest);
 
 /* config_print.c */
 void config_print_help(FILE *output);

@@ -393,7 +393,8 @@ BROKEN = [
 # What only shows when the driver tries.
 USELESS = [form + "serverSelectionTimeoutMS=100" for form in (
     "mongodb://user:{0}@localhost:1/?authMechanism=WRONG&", "mongodb://user:{0}@local host/?",
-    "mongodb://user:{0}@no.invalid/?",
+    "mongodb://user:{0}@no.invalid/?", "mongodb://user:{0}@localhost:1/?tlsCertificateKeyFilePassword={0}&appName=me@plant&",
+    "mongodb://user:{0}@localhost:1/?appName=me@plant&tlsCertificateKeyFilePassword={0}&",
     "mongodb+srv://user:{0}@no.such.invalid/?", "mongodb://user:{0}@localhost:1/?tls=true&tlsCertificateKeyFilePassword={0}&")]
 
 

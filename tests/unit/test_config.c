@@ -973,8 +973,23 @@ static void redaction(void **state)
 	    {"mongodb://u:p@x?y@h", "mongodb://***@h"},
 	    {"mongodb://u:secret", "mongodb://***"},
 	    {"mongodb://a:1,b:2,[::1]:3/", "mongodb://a:1,b:2,[::1]:3/"},
-	    {"mongodb://h/?tlsCertificateKeyFilePassword=s&x=1", "mongodb://h/?tlsCertificateKeyFilePassword=***&x=1"},
+	    {"mongodb://h/?tlsCertificateKeyFilePassword=s&w=1", "mongodb://h/?tlsCertificateKeyFilePassword=***&w=1"},
 	    {"mongodb://h/?authMechanismProperties=AWS_SESSION_TOKEN:s", "mongodb://h/?authMechanismProperties=***"},
+	    {"mongodb://u:p@h/?appName=me@plant", "mongodb://***@h/?appName=me@plant"},
+	    {"mongodb://u:p@h/?appName=me@plant&tlsCertificateKeyFilePassword=s",
+	     "mongodb://***@h/?appName=me@plant&tlsCertificateKeyFilePassword=***"},
+	    {"mongodb://h/?appName=@u@&tlsCertificateKeyFilePassword=s@t;x=1",
+	     "mongodb://h/?appName=@u@&tlsCertificateKeyFilePassword=***;***"},
+	    {"mongodb://u:p==@u.example:10255/?ssl=true&maxIdleTimeMS=120000&appName=@u@",
+	     "mongodb://***@u.example:10255/?ssl=true&maxIdleTimeMS=120000&appName=@u@"},
+	    {"mongodb://u:p/q==@h:1/?appName=@u@&tlsCertificateKeyFilePassword=s",
+	     "mongodb://***@&tlsCertificateKeyFilePassword=***"},
+	    {"mongodb://u:p@h/?strange=me@plant", "mongodb://***@plant"},
+	    {"mongodb://u:p@x/?y=z@h", "mongodb://***@h"},
+	    {"mongodb://h/?tlsCertificateKeyFilePassword=s&t&tls=true",
+	     "mongodb://h/?tlsCertificateKeyFilePassword=***&***&tls=true"},
+	    {"mongodb://h/?tlsCertificateKeyFilePassword=s&t@u&tls=true", "mongodb://***"},
+	    {"mongodb://%2Ftmp%2Fmongodb-27017.sock", "mongodb://%2Ftmp%2Fmongodb-27017.sock"},
 	    {"secret", "***"},
 	    {"u:p@h", "***"},
 	    {"", "***"},
@@ -984,6 +999,82 @@ static void redaction(void **state)
 		assert_string_equal(shown, PAIRS[i][1]);
 		free(shown);
 	}
+}
+
+static uint32_t random_state = 1;
+
+static unsigned random_below(unsigned limit)
+{
+	random_state = random_state * 1664525 + 1013904223;
+	return (random_state >> 8) % limit;
+}
+
+/* Append a secret: an ordinary one that is percent-encoded, or one of all characters that mean something in a URI. */
+static void put_secret(char *uri, bool encoded)
+{
+	static const char SPECIAL[] = "Z@:/?#[]%&=;,Z";
+	for (unsigned i = 0, length = 1 + random_below(8); i < length; i++) {
+		char special[2] = {SPECIAL[random_below(sizeof SPECIAL - 1)]};
+		strcat(uri, i == 0 ? "Z" : encoded ? "%5A" : special);
+	}
+}
+
+/* Append options, and perhaps a secret among them. */
+static void put_options(char *uri)
+{
+	static const char *const OPTIONS[] = {"appName=me@plant",
+	                                      "appName=@u@",
+	                                      "tls=true",
+	                                      "w=majority",
+	                                      "authSource=a@b",
+	                                      "strange=1",
+	                                      "strange=c@d",
+	                                      "tlsCertificateKeyFilePassword=",
+	                                      "authMechanismProperties=AWS_SESSION_TOKEN:",
+	                                      "password=",
+	                                      "my_secret="};
+	for (unsigned i = 0, count = random_below(5); i < count; i++) {
+		const char *option = OPTIONS[random_below(sizeof OPTIONS / sizeof OPTIONS[0])];
+		strcat(uri, i == 0 ? "?" : random_below(4) == 0 ? ";" : "&");
+		strcat(uri, option);
+		if (strpbrk(option + strlen(option) - 1, "=:") != NULL)
+			put_secret(uri, false);
+	}
+}
+
+/* Z and its escape %5A are in secrets only: whatever the URI looks like, none is shown, by the one who shows it or by
+ * any complaint. */
+static void no_secret_is_shown(void **state)
+{
+	static const char *const HOSTS[] = {"h", "h:27017", "a:1,b,c:3", "[::1]:2", "%2Ftmp%2Fm.sock", "u.example.org",
+	                                    ""};
+	char uri[512], *flags;
+	unsigned with_secret = 0;
+	for (unsigned i = 0; i < 20000; i++) {
+		strcpy(uri, random_below(2) ? "mongodb://" : "mongodb+srv://");
+		if (random_below(4) > 0) {
+			strcat(uri, "u:");
+			put_secret(uri, random_below(2));
+			strcat(uri, "@");
+		}
+		strcat(uri, HOSTS[random_below(sizeof HOSTS / sizeof HOSTS[0])]);
+		strcat(uri, random_below(3) == 0 ? "" : random_below(2) ? "/" : "/db");
+		put_options(uri);
+		with_secret += strchr(uri, 'Z') != NULL;
+		char *shown = config_redact_uri(uri), *quoted = config_quote(uri);
+		if (strstr(shown, "Z") != NULL || strstr(shown, "5A") != NULL || strstr(quoted, "Z") != NULL)
+			fail_msg("%s is shown as %s and %s", uri, shown, quoted);
+		free(quoted);
+		free(shown);
+		if (i % 20 != 0 || strchr(uri, '|') != NULL)
+			continue;
+		assert_true(asprintf(&flags, "--role|both|--mongodb-uri|%s", uri) > 0);
+		load(flags);
+		if (strchr(said, 'Z') != NULL || strstr(said, "%5A") != NULL)
+			fail_msg("%s makes it say %s", uri, said);
+		free(flags);
+	}
+	assert_true(with_secret > 10000);
 }
 
 static void state_directory(void **state)
@@ -1239,6 +1330,7 @@ int main(void)
 	    TEST(secrets_in_arguments_are_wiped),
 	    TEST(secrets_in_files),
 	    TEST(redaction),
+	    TEST(no_secret_is_shown),
 	    TEST(state_directory),
 	    TEST(documents_hold_every_key),
 	    TEST(where_to_listen),
