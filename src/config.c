@@ -14,6 +14,7 @@
 #define _GNU_SOURCE
 #include "config_table.h"
 
+#include "escape.h"
 #include "json.h"
 #include "memory.h"
 
@@ -203,18 +204,25 @@ const struct config_entry config_entries[] = {
 /* clang-format on */
 const size_t config_entry_count = sizeof config_entries / sizeof config_entries[0];
 
-static void report(struct config_loader *loader, const char *kind, const char *format, va_list arguments)
+/* How a complaint is printed: as text behind its word, or as a line of the log. */
+enum { COMPLAINT_ERROR, COMPLAINT_WARNING, COMPLAINT_NOTE, COMPLAINT_EXAMPLE };
+
+__attribute__((format(printf, 3, 0))) static void complain(struct config_loader *loader, int kind, const char *format,
+                                                           va_list arguments)
 {
-	fprintf(loader->errors, "%s: ", kind);
-	vfprintf(loader->errors, format, arguments);
-	fputc('\n', loader->errors);
+	char *text = NULL;
+	if (vasprintf(&text, format, arguments) < 0)
+		text = memory_string(format);
+	loader->complaints =
+	    memory_resize(loader->complaints, (loader->complaint_count + 1) * sizeof *loader->complaints);
+	loader->complaints[loader->complaint_count++] = (struct config_complaint){kind, text};
 }
 
 void config_error(struct config_loader *loader, const char *format, ...)
 {
 	va_list arguments;
 	va_start(arguments, format);
-	report(loader, "error", format, arguments);
+	complain(loader, COMPLAINT_ERROR, format, arguments);
 	va_end(arguments);
 	loader->error_count++;
 }
@@ -223,7 +231,7 @@ void config_warning(struct config_loader *loader, const char *format, ...)
 {
 	va_list arguments;
 	va_start(arguments, format);
-	report(loader, "warning", format, arguments);
+	complain(loader, COMPLAINT_WARNING, format, arguments);
 	va_end(arguments);
 }
 
@@ -231,8 +239,34 @@ void config_note(struct config_loader *loader, const char *format, ...)
 {
 	va_list arguments;
 	va_start(arguments, format);
-	report(loader, "note", format, arguments);
+	complain(loader, COMPLAINT_NOTE, format, arguments);
 	va_end(arguments);
+}
+
+/* For who reads the error before it: a command to try. */
+__attribute__((format(printf, 2, 3))) static void example(struct config_loader *loader, const char *format, ...)
+{
+	va_list arguments;
+	va_start(arguments, format);
+	complain(loader, COMPLAINT_EXAMPLE, format, arguments);
+	va_end(arguments);
+}
+
+/* Only now is log.format known, which these lines follow as well. */
+static void print_complaints(struct config_loader *loader)
+{
+	static const char *const words[] = {"error: ", "warning: ", "note: ", "  "};
+	static const enum log_level levels[] = {LOG_LEVEL_ERROR, LOG_LEVEL_WARN, LOG_LEVEL_INFO};
+	bool json = loader->config->log_format == LOG_FORMAT_JSON;
+	for (size_t i = 0; i < loader->complaint_count; i++) {
+		struct config_complaint *complaint = &loader->complaints[i];
+		if (!json)
+			escape_print(loader->errors, "%s%s", words[complaint->kind], complaint->text);
+		else if (complaint->kind != COMPLAINT_EXAMPLE)
+			log_print(loader->errors, LOG_FORMAT_JSON, levels[complaint->kind], "config", complaint->text);
+		free(complaint->text);
+	}
+	free(loader->complaints);
 }
 
 const struct config_entry *config_entry_find(const char *key)
@@ -568,11 +602,10 @@ static void require_role(struct config_loader *loader)
 		return;
 	if (loader->action == CONFIG_SPOOL_STATUS || loader->action == CONFIG_SPOOL_EXPORT)
 		return;
-	config_error(loader, "no role is given, say what this process shall do, for example one of:\n"
-	                     "  mqtt2mongo --role publisher --mqtt-host localhost\n"
-	                     "  mqtt2mongo --role consumer --mqtt-host localhost --mongodb-uri "
-	                     "mongodb://localhost:27017\n"
-	                     "  mqtt2mongo --role both");
+	config_error(loader, "no role is given, say what this process shall do, for example one of:");
+	example(loader, "mqtt2mongo --role publisher --mqtt-host localhost");
+	example(loader, "mqtt2mongo --role consumer --mqtt-host localhost --mongodb-uri mongodb://localhost:27017");
+	example(loader, "mqtt2mongo --role both");
 }
 
 static void load(struct config_loader *loader, int argc, char **argv)
@@ -599,6 +632,7 @@ enum config_action config_load(struct config *config, int argc, char **argv, cha
 		return CONFIG_PRINTED;
 	loader.settings = memory_zeroed(config_entry_count, sizeof *loader.settings);
 	load(&loader, argc, argv);
+	print_complaints(&loader);
 	for (size_t i = 0; i < config_entry_count; i++)
 		free(loader.settings[i].place);
 	free(loader.settings);

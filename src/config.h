@@ -143,9 +143,9 @@ struct config {
 
 /*
  * Fill `config` from the command line, `environment` (as environ) and the file.
- * Errors are printed to `errors`, one line each: what is wrong, where, what is allowed, the nearest known name.
- * Secrets found in argv are wiped from it (so /proc/PID/cmdline does not show them) after a warning.
- * Whatever is returned, config_finish() frees.
+ * Errors, warnings and notes are printed to `errors`, one line each in the form of log.format: what is wrong, where,
+ * what is allowed, the nearest known name. Secrets found in argv are wiped from it (so /proc/PID/cmdline does not show
+ * them) after a warning. Whatever is returned, config_finish() frees.
  */
 enum config_action config_load(struct config *config, int argc, char **argv, char **environment, FILE *output,
                                FILE *errors);

@@ -80,11 +80,19 @@ struct config_setting {
 	char *place; /* "a.json:12: mqtt.port", "--mqtt-port", …; NULL for a default */
 };
 
+/* What is to be said when everything is read. */
+struct config_complaint {
+	int kind;
+	char *text; /* owned */
+};
+
 struct config_loader {
 	struct config *config;
 	struct config_setting *settings; /* one an entry, in the table's order */
 	char **environment;
 	FILE *output, *errors;
+	struct config_complaint *complaints;
+	size_t complaint_count;
 	unsigned error_count;
 	enum config_action action;
 };
@@ -98,7 +106,7 @@ struct config_value {
 	const char *text; /* borrowed; for a list as config_list_parse() takes it */
 };
 
-/* One line on loader->errors; an error makes the configuration invalid. */
+/* One line on loader->errors when all is read, escaped there; an error makes the configuration invalid. */
 void config_error(struct config_loader *loader, const char *format, ...) __attribute__((format(printf, 2, 3)));
 void config_warning(struct config_loader *loader, const char *format, ...) __attribute__((format(printf, 2, 3)));
 void config_note(struct config_loader *loader, const char *format, ...) __attribute__((format(printf, 2, 3)));

@@ -7,6 +7,7 @@
 #include "clock.h"
 #include "consumer.h"
 #include "count_check.h"
+#include "escape.h"
 #include "health.h"
 #include "http.h"
 #include "log.h"
@@ -88,7 +89,7 @@ static void print_sums(struct service *service)
 	char *sums = metrics_sums(service->consumer_ran ? &service->consumer_counters : NULL,
 	                          service->publisher_ran ? &service->publisher_counters : NULL, &service->lag,
 	                          service->config->log_format == LOG_FORMAT_JSON);
-	fputs(sums, stdout);
+	escape_print_lines(stdout, sums);
 	fflush(stdout);
 	free(sums);
 }

@@ -447,7 +447,7 @@ def test_an_address_of_another_machine(service, mosquitto, mongod, database):
     running = service(broker=mosquitto(), mongod=mongod, database=database, settings={"http.listen": "192.0.2.1:9641"})
     running.finish(expect=1, sums=False)
     assert "cannot listen on 192.0.2.1:9641: Cannot assign requested address; this machine has no such address" in running.log
-    assert "warning: --http-listen: whoever reaches this address can read the figures" in running.log
+    assert "--http-listen: whoever reaches this address can read the figures" in running.log
 
 
 def test_it_restarts_on_the_same_port(watched):
@@ -694,4 +694,4 @@ def test_check_says_what_would_be_answered(service, mosquitto, mongod, database)
                       settings={"http.listen": "0.0.0.0:9641"})
     running.finish(sums=False)
     assert "would     answer /metrics, /healthz, /readyz and /status.json on 0.0.0.0:9641" in running.stdout.read_text()
-    assert "warning: --http-listen: whoever reaches this address" in running.log
+    assert "--http-listen: whoever reaches this address" in running.log

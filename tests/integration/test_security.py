@@ -1,6 +1,7 @@
 """Who may connect, TLS, and secrets: what goes wrong is said once, with its remedy; what is secret is said nowhere."""
 
 import contextlib
+import json
 import re
 import shutil
 import socket
@@ -10,9 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
+from bson import json_util
 
 import clients
-from processes import TIME_FACTOR, free_port, wait_until
+from processes import ROOT, TIME_FACTOR, free_port, wait_until
 
 SECRET = "Tr0ub4dor-and-3"  # no part of it is a word the program has
 
@@ -417,7 +419,7 @@ def test_a_broken_uri_does_not_give_its_password_away(service, mosquitto, tmp_pa
         said = running.log[mark:]
         assert SECRET not in said + running.stdout.read_text(), f"{form}: {said.replace(SECRET, '<the secret>')}"
         assert status == (1 if form in USELESS else 2), f"{form}: exit status {status}\n{said}"
-        assert form in USELESS or re.search("^error: .*uri", said, re.M | re.I), (form, said)
+        assert form in USELESS or re.search('"level":"error","room":"config","message":".*uri', said, re.I), (form, said)
 
 
 @pytest.mark.parametrize("arguments", [
@@ -476,3 +478,51 @@ def test_a_damaged_state_file_is_set_aside(mosquitto, mongod, service, database)
     running.stop()
     assert len(complaints(running)) == 1 and "damaged" in complaints(running)[0]
     assert [path.read_text() for path in running.state.glob("state.json.corrupt-*")] == ['{"client_id": "x", "sess']
+
+
+# --- what others say, on a terminal ----------------------------------------------------------------------------------------
+
+# A title for the window, C1, DEL, and characters that turn what stands around them.
+STEERING = "\x1b]0;owned\x07\x7f\u009b31m\u202e\u2066\u200f\u061c"
+STEERS = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u206f]")
+
+
+def test_what_mongod_calls_its_replica_set(mosquitto, fresh_mongod, service):
+    """A real one: it takes any name."""
+    server = fresh_mongod(set_name=f"rs{STEERING}")
+    for log_format in ("text", "json"):
+        running = service(broker=mosquitto(), mongod=server, args=["--check"], settings={"log.format": log_format})
+        running.finish(sums=False)
+        said = running.stdout.read_text()
+        assert r"replica set rs\x1b]0;owned\x07\x7f\u009b31m\u202e\u2066\u200f\u061c" in said
+        assert not STEERS.search(said + running.log)
+
+
+def test_what_is_published(mosquitto, mongod, database, service):
+    """A dry run prints what anybody may have published: as extended JSON that means the same, and a preview for people."""
+    broker = mosquitto()
+    topic = "sensors/\u202egpj.exe\u2066"
+    running = service(broker=broker, args=["--dry-run"])
+    wait_until(lambda: "dry run: printing" in running.log, 10, "it has subscribed")
+    payloads = [json.dumps({STEERING: STEERING}, ensure_ascii=False), f"no JSON {STEERING}"]
+    clients.publish(broker.port, payloads, topic)
+    wait_until(lambda: running.stdout.read_text().count("\n") == 2, 10, "two lines")
+    running.stop(sums=False)
+    said = running.stdout.read_text()
+    assert not STEERS.search(said + running.log)
+    good, bad = (json_util.loads(line.partition(" ")[2]) for line in said.splitlines())
+    assert good["topic"] == bad["topic"] == topic and good["payload"] == {STEERING: STEERING}
+    assert bad["payload"] == payloads[1].encode() and not STEERS.search(bad["preview"]) and r"\u202e\u2066" in bad["preview"]
+
+
+def test_nothing_is_printed_past_the_printers():
+    """Standard output and standard error have four writers: the log, the escaping printers, --help and its like, whose text is all
+    ours. Who adds another has to think of what others can make it print."""
+    allowed = {"log.c", "escape.c", "config_print.c"}
+    direct = re.compile(r"\b(printf|vprintf|puts|putchar|perror)\s*\(|\b(fprintf|vfprintf|fputs|fputc|fwrite|putc)\s*\([^;]*\b(stdout|stderr|errors)\b"
+                        r"|\bwrite\s*\(\s*(STD\w+|[12]\b)")
+    sources = sorted((ROOT / "src").glob("**/*.c"))
+    assert len(sources) > 30
+    for source in sources:
+        text = re.sub(r"/\*.*?\*/", "", source.read_text(), flags=re.S)
+        assert source.name in allowed or not (found := direct.search(text)), f"{source.name}: {found[0]}"

@@ -6,6 +6,7 @@
 #include "config.h"
 #include "config_table.h"
 
+#include <cjson/cJSON.h>
 #include <math.h>
 #include <mosquitto.h>
 #include <setjmp.h>
@@ -206,6 +207,34 @@ static void role_is_missing(void **state)
 	assert_says("\n  mqtt2mongo --role both\n");
 	refuses("--role|reader", "--role: \"reader\" is none of: publisher, consumer, both");
 	assert_null(strstr(said, "no role"));
+}
+
+/* log.format holds for what is said of the configuration too, wherever it is set. */
+static void complaints_as_json(void **state)
+{
+	static const char *const LEVELS[] = {"error", "warn", "warn", "info"};
+	write_file("a.json", "{\"log\": {\"format\": \"json\"}, \"consumer\": {\"qos\": 2}}");
+	assert_int_equal(load("--mqtt-password|x|--mqtt-session-expiry|0s|-c|a.json"), CONFIG_INVALID);
+	unsigned seen[4] = {0}, lines = 0;
+	for (char *line = strtok(said, "\n"); line != NULL; line = strtok(NULL, "\n"), lines++) {
+		cJSON *object = cJSON_ParseWithOpts(line, NULL, true);
+		assert_non_null(object);
+		assert_string_equal(cJSON_GetObjectItem(object, "room")->valuestring, "config");
+		assert_true(strlen(cJSON_GetObjectItem(object, "message")->valuestring) > 20);
+		assert_int_equal(strlen(cJSON_GetObjectItem(object, "time")->valuestring), 24);
+		for (int i = 0; i < 4; i++)
+			seen[i] += strcmp(cJSON_GetObjectItem(object, "level")->valuestring, LEVELS[i]) == 0;
+		cJSON_Delete(object);
+	}
+	assert_int_equal(lines, 4);
+	assert_true(seen[0] == 1 && seen[1] == 2 && seen[3] == 1);
+}
+
+static void complaints_are_escaped(void **state)
+{
+	write_file("a.json", "{\"mq\\u009btt\\u202e\": 1}");
+	refuses("--role|both|-c|a.json", "unknown key \"mq\\u009btt\\u202e\"");
+	refuses("--role|both|--mqtt-password-file|a\x1b]0;b\x07", "cannot read a\\x1b]0;b\\x07: No such file");
 }
 
 static void actions(void **state)
@@ -1300,6 +1329,8 @@ int main(void)
 	    TEST(losing_values_are_checked_too),
 	    TEST(all_errors_are_said),
 	    TEST(role_is_missing),
+	    TEST(complaints_as_json),
+	    TEST(complaints_are_escaped),
 	    TEST(actions),
 	    TEST(replaying),
 	    TEST(durations),

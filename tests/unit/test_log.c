@@ -1,6 +1,7 @@
 /* The log: what reaches standard error, byte for byte; through a pipe, and through a pseudo terminal for the status. */
 #define _GNU_SOURCE
 #include "log.h"
+#include "memory.h"
 
 #include <cjson/cJSON.h>
 #include <errno.h>
@@ -8,6 +9,7 @@
 #include <poll.h>
 #include <pthread.h>
 #include <setjmp.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -15,6 +17,8 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
+#include <sys/resource.h>
+#include <sys/wait.h>
 #include <termios.h>
 #include <unistd.h>
 
@@ -121,9 +125,11 @@ static void levels(void **state)
 static void forged_lines_are_escaped(void **state)
 {
 	log_info("a", "%s",
-	         "x\n2026-01-01 error b: \x1b[2J\x7f\xc2\x9b \xff\xc0\x80\xed\xa0\x80 \xf4\x90\x80\x80 é€😀\\\"");
-	assert_string_equal(capture_after_time(), "info  a: x\\n2026-01-01 error b: \\x1b[2J\\x7f\\xc2\\x9b "
-	                                          "\\xff\\xc0\\x80\\xed\\xa0\\x80 \\xf4\\x90\\x80\\x80 é€😀\\\"\n");
+	         "x\n2026-01-01 error b: \x1b[2J\x7f\xc2\x9b \xff\xc0\x80\xed\xa0\x80 \xf4\x90\x80\x80 é€😀\\\" "
+	         "\xe2\x80\xae\xd8\x9c");
+	assert_string_equal(capture_after_time(),
+	                    "info  a: x\\n2026-01-01 error b: \\x1b[2J\\x7f\\u009b "
+	                    "\\xff\\xc0\\x80\\xed\\xa0\\x80 \\xf4\\x90\\x80\\x80 é€😀\\\" \\u202e\\u061c\n");
 }
 
 static void errno_survives(void **state)
@@ -141,6 +147,8 @@ static void json_line(void **state)
 	assert_memory_equal(line, "{\"time\":\"", 9);
 	assert_string_equal(line + 9 + 24, "\",\"level\":\"warn\",\"room\":\"mqtt\","
 	                                   "\"message\":\"say \\\"hi\\\"\\\\\\n\"}\n");
+	log_warn("mqtt", "%s", "\x1b\x7f\xc2\x9b\xe2\x81\xa6\xff");
+	assert_non_null(strstr(capture(), "\"message\":\"\\u001b\\u007f\\u009b\\u2066\\\\xff\"}\n"));
 }
 
 /* The one captured line is one JSON object with all members. */
@@ -176,6 +184,27 @@ static void json_survives_hostile_bytes(void **state)
 		log_info(hostile, "%s", hostile);
 		assert_json_line();
 	}
+}
+
+/* It is a line of the log, too. The sanitizers' allocators end the process in a way of their own. */
+static void out_of_memory(void **state)
+{
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+	skip();
+#endif
+	log_configure(LOG_LEVEL_INFO, LOG_FORMAT_JSON);
+	pid_t child = fork();
+	if (child == 0) {
+		setrlimit(RLIMIT_CORE, &(struct rlimit){0});
+		signal(SIGABRT, SIG_DFL);
+		memory_resize(NULL, SIZE_MAX / 4);
+		_exit(0);
+	}
+	int status;
+	assert_int_equal(waitpid(child, &status, 0), child);
+	assert_true(WIFSIGNALED(status) && WTERMSIG(status) == SIGABRT);
+	assert_json_line();
+	assert_non_null(strstr(captured, "out of memory"));
 }
 
 static void long_lines_are_cut(void **state)
@@ -291,6 +320,7 @@ int main(void)
 	    cmocka_unit_test_setup_teardown(errno_survives, start_pipe, stop),
 	    cmocka_unit_test_setup_teardown(json_line, start_pipe, stop),
 	    cmocka_unit_test_setup_teardown(json_survives_hostile_bytes, start_pipe, stop),
+	    cmocka_unit_test_setup_teardown(out_of_memory, start_pipe, stop),
 	    cmocka_unit_test_setup_teardown(long_lines_are_cut, start_pipe, stop),
 	    cmocka_unit_test_setup_teardown(repeats_are_left_out, start_pipe, stop),
 	    cmocka_unit_test_setup_teardown(long_repeats_are_compared, start_pipe, stop),
