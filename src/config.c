@@ -186,6 +186,11 @@ const struct config_entry config_entries[] = {
 
     {.key = "http.listen", .type = CONFIG_TYPE_TEXT, .initial = "off", AT(http.listen),
      .help = "address and port for /metrics, /healthz, /readyz and /status.json, as in 127.0.0.1:9641; there is no password"},
+    {.key = "http.hosts", .type = CONFIG_TYPE_LIST, AT(http.hosts),
+     .initial_note = "addresses, localhost, *.localhost, *.local",
+     .once = "give all names in one, between commas",
+     .help = "further names that http.listen may be asked by for what is not /metrics, /healthz or /readyz; any other is "
+             "refused, so that no page of a stranger can read it through a browser"},
 
     {.key = "state_dir", .type = CONFIG_TYPE_TEXT, AT(state_dir),
      .initial_note = "$STATE_DIRECTORY, /var/lib/mqtt2mongo if writable, or ~/.local/state/mqtt2mongo",

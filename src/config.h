@@ -118,10 +118,11 @@ struct config_spool {
 };
 
 struct config_http {
-	char *listen;     /* "off", or ADDRESS:PORT as it is written */
-	bool enabled;     /* the rest is set */
-	char address[46]; /* a literal IPv4 or IPv6 address */
-	int port;         /* 1 to 65535 */
+	char *listen;             /* "off", or ADDRESS:PORT as it is written */
+	bool enabled;             /* the rest is set */
+	char address[46];         /* a literal IPv4 or IPv6 address */
+	int port;                 /* 1 to 65535 */
+	struct config_list hosts; /* names that a request may ask for, beside addresses and names of this machine */
 };
 
 struct config {

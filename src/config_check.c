@@ -497,9 +497,24 @@ static const char *split_listen(const char *listen, struct config_http *http)
 	return NULL;
 }
 
+/* What is wrong with a name that http is asked by, or NULL. */
+static const char *http_host_fault(const char *name)
+{
+	if (strstr(name, "://") != NULL || strpbrk(name, ":/") != NULL)
+		return "give names only, as in status.example.org, without http://, port or path";
+	if (strchr(name, '*') != NULL)
+		return "* stands for nothing here, give each name in full";
+	return name[0] == '\0' || strpbrk(name, " \t[]@?#") != NULL ? "must be a list of host names" : NULL;
+}
+
 static void check_http(struct config_loader *loader)
 {
 	struct config_http *http = &loader->config->http;
+	for (size_t i = 0; i < http->hosts.count; i++)
+		if (http_host_fault(http->hosts.items[i]) != NULL) {
+			complain(loader, "http.hosts", http_host_fault(http->hosts.items[i]));
+			break;
+		}
 	if (strcmp(http->listen, "off") == 0)
 		return;
 	const char *fault = split_listen(http->listen, http);

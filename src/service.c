@@ -129,6 +129,8 @@ static void show_status(uv_timer_t *timer)
 /* ---- what http.listen tells ---- */
 
 static const char *const http_paths[] = {"/metrics", "/healthz", "/readyz", "/status.json", NULL};
+/* Prometheus and the probes of orchestrators ask by whatever name the service has there. */
+static const char *const http_open_paths[] = {"/metrics", "/healthz", "/readyz", NULL};
 
 static uint64_t cpu_us(void)
 {
@@ -196,8 +198,12 @@ static void answer_http(void *owner, const char *path, struct http_answer *answe
 
 static bool start_http(struct service *service, char *error, size_t error_size)
 {
-	static const struct http_handler handler = {.paths = http_paths, .answer = answer_http};
 	const struct config *config = service->config;
+	struct http_handler handler = {.paths = http_paths,
+	                               .open = http_open_paths,
+	                               .hosts = (const char *const *)config->http.hosts.items,
+	                               .host_count = config->http.hosts.count,
+	                               .answer = answer_http};
 	if (!config->http.enabled)
 		return true;
 	service->http =

@@ -42,6 +42,22 @@ def request(port, path, method="GET", *, body=None, host="127.0.0.1", timeout=5)
         return Answer(response.status, {name.lower(): value for name, value in response.getheaders()}, response.read().decode())
 
 
+def check_guarded(answer):
+    """A browser takes it for nothing but what it is, and tells nobody where it has been."""
+    assert answer.headers["x-content-type-options"] == "nosniff" and answer.headers["referrer-policy"] == "no-referrer"
+
+
+def ask(port, path, *hosts, version="1.1"):
+    """GET with these Host headers, as they are: the Answer."""
+    with socket.create_connection(("127.0.0.1", port), timeout=5 * TIME_FACTOR) as connection:
+        lines = [f"GET {path} HTTP/{version}", *(f"Host: {host}" for host in hosts), "", ""]
+        connection.sendall("\r\n".join(lines).encode())
+        answer = b"".join(iter(lambda: connection.recv(65536), b"")).decode()
+    head, _, text = answer.partition("\r\n\r\n")
+    status, *headers = head.split("\r\n")
+    return Answer(int(status.split()[1]), {name.lower(): value for name, value in (line.split(": ", 1) for line in headers)}, text)
+
+
 _SAMPLE = re.compile(r'(?P<name>[a-zA-Z_:][a-zA-Z0-9_:]*)(?:\{(?P<labels>(?:[a-z_]+="(?:[^"\\\n]|\\["\\n])*",?)*)\})? (?P<value>\S+)')
 
 
@@ -167,6 +183,7 @@ def test_every_path(watched):
             assert answer.status == 200
             assert answer.headers["content-type"] == types.get(path, "application/json")
             assert answer.headers["cache-control"] == "no-store" and answer.headers["connection"] == "close"
+            check_guarded(answer)
             assert int(answer.headers["content-length"]) == len(answer.text.encode())
             assert answer.text.endswith("\n")
         head = request(running.http_port, path, "HEAD")
@@ -177,6 +194,7 @@ def test_every_path(watched):
     for path in ("/", "/metrics/", "/metric", "/METRICS", "/../metrics", "//metrics", "/%00", "/%e9", "/metrics%2f"):
         answer = request(running.http_port, path)
         assert answer.status == 404 and all(known in answer.text for known in PATHS), path
+        check_guarded(answer)
     for method in ("POST", "PUT", "DELETE", "OPTIONS", "TRACE", "PATCH", "CONNECT", "NONSENSE"):
         for body in (None, b"x" * 10, b"x" * 100000):
             try:
@@ -185,6 +203,7 @@ def test_every_path(watched):
                 assert body is not None and len(body) > 10
                 continue
             assert answer.status == 405 and answer.headers["allow"] == "GET, HEAD", method
+            check_guarded(answer)
     with_body = request(running.http_port, "/healthz", "GET", body=b"x" * 10)
     assert with_body.status == 200
     running.stop()
@@ -400,6 +419,32 @@ def test_a_frozen_mongodb_does_not_freeze_the_answers(watched, fresh_mongod):
         time.sleep(0.05)
     server.sigcont()
     wait_ready(running.http_port)
+    running.stop()
+
+
+# ---- by which name it is asked
+
+
+def test_a_page_of_a_stranger_reads_nothing(watched):
+    """Its name resolves to our address; all that tells is the Host. What Prometheus and probes ask for, they may ask for by any."""
+    running = watched(role="consumer", **{"http.hosts": "status.example.org,Plant7"})
+    port = running.http_port
+    for host in (f"127.0.0.1:{port}", "127.0.0.1", "localhost", f"LocalHost.:{port}", "[::1]", f"[::1]:{port}", "pi.local", "x.localhost:1",
+                 "STATUS.example.org", f"plant7.:{port}"):
+        assert ask(port, "/status.json", host).json["ready"] in (True, False), host
+    assert ask(port, "/status.json", version="1.0").status == 200, "no browser leaves the Host out"
+    for hosts in (["rebound.example"], [f"rebound.example:{port}"], ["127.0.0.1.rebound.example"], [""], ["[::1"], ["2130706433"],
+                  ["localhost:x"], ["status.example.org.rebound.example"]):
+        for path in ("/status.json", "/status.json?a=b", "/", "/nothing"):
+            answer = ask(port, path, *hosts)
+            assert answer.status == 421 and "http.hosts" in answer.text and "rebound" not in answer.text, (hosts, path)
+            check_guarded(answer)
+            assert answer.headers["content-type"] == "text/plain; charset=utf-8"
+        for path in ("/metrics", "/healthz", "/readyz"):
+            assert ask(port, path, *hosts).status == 200, (hosts, path)
+    for twice in (["localhost", "rebound.example"], ["rebound.example", "localhost"], ["localhost", "localhost"]):
+        assert ask(port, "/status.json", *twice).status in (400, 421)
+    assert ask(port, "http://rebound.example/status.json", "localhost").status == 404
     running.stop()
 
 

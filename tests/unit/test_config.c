@@ -1203,6 +1203,23 @@ static void where_to_listen(void **state)
 	refuses_file("{ \"http\": { \"listen\": 9641 } }", "1: http.listen: is a number, must be a text in quotes");
 }
 
+static void names_to_be_asked_by(void **state)
+{
+	accepts("--role|both|--http-hosts|status.example.org,plant7");
+	assert_int_equal(config.http.hosts.count, 2);
+	assert_string_equal(config.http.hosts.items[1], "plant7");
+	write_file("a.json", "{\"http\": {\"hosts\": [\"status.example.org\"]}}");
+	accepts("--role|both|-c|a.json");
+	assert_string_equal(config.http.hosts.items[0], "status.example.org");
+	refuses_file("{\"http\": {\"hosts\": \"plant7\"}}",
+	             "1: http.hosts: \"plant7\" is not a list, write [\"plant7\"]");
+	refuses("--role|both|--http-hosts|a,http://b", "--http-hosts: give names only, as in status.example.org");
+	refuses("--role|both|--http-hosts|a:9641", "--http-hosts: give names only");
+	refuses("--role|both|--http-hosts|*.example.org", "--http-hosts: * stands for nothing here");
+	refuses("--role|both|--http-hosts|a b", "--http-hosts: must be a list of host names");
+	refuses("--role|both|--http-hosts|a|--http-hosts|b", "--http-hosts: is given twice, give all names in one");
+}
+
 static void version(void **state)
 {
 	assert_silent(CONFIG_PRINTED, load("--version"));
@@ -1365,6 +1382,7 @@ int main(void)
 	    TEST(state_directory),
 	    TEST(documents_hold_every_key),
 	    TEST(where_to_listen),
+	    TEST(names_to_be_asked_by),
 	    TEST(version),
 	    TEST(the_table_is_sound),
 	    TEST(the_manual_page_is_clean),
