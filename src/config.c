@@ -355,6 +355,7 @@ void config_offer(struct config_loader *loader, enum config_source source, const
 	struct config_value value;
 	struct config_setting *setting = &loader->settings[entry - config_entries];
 	char *error = config_value_parse(entry, kind, text, &value);
+	loader->secret_in_file |= source == CONFIG_SOURCE_FILE && entry->secret && !config_uri_is_harmless(text);
 	if (error != NULL)
 		config_error(loader, "%s: %s", place, error);
 	else if (source >= setting->source)
@@ -433,9 +434,7 @@ static const char *take_boolean(struct arguments *arguments, const char *behind_
 /* Say that other users could have seen the secret, and keep it from those who look later. */
 static void wipe_argument(struct config_loader *loader, const struct config_entry *entry, char *secret)
 {
-	char *shown = config_redact_uri(secret);
-	bool harmless = strncmp(secret, "mongodb", 7) == 0 && strcmp(shown, secret) == 0;
-	if (!harmless) {
+	if (!config_uri_is_harmless(secret)) {
 		char *file = memory_format("%s_file", entry->key), *flag = config_spell(CONFIG_SOURCE_FLAG, file);
 		config_warning(loader,
 		               "%s: a secret on the command line can be seen by other users, write it to a "
@@ -444,7 +443,6 @@ static void wipe_argument(struct config_loader *loader, const struct config_entr
 		free(flag);
 		free(file);
 	}
-	free(shown);
 	memset(secret, 'x', strlen(secret));
 }
 

@@ -73,6 +73,37 @@ static void check_host(struct config_loader *loader)
 		             place);
 }
 
+/*
+ * A group may read a file that somebody else owns: root:mqtt2mongo with mode 640, a Kubernetes volume with fsGroup;
+ * that is how we read it. Of our own file with our own group nobody has chosen who may read it.
+ */
+static bool is_private(const struct stat *status)
+{
+	bool ours = status->st_uid == geteuid() && status->st_gid == getegid();
+	return (status->st_mode & (S_IROTH | S_IWOTH)) == 0 && (!ours || (status->st_mode & (S_IRGRP | S_IWGRP)) == 0);
+}
+
+void config_warn_if_readable(struct config_loader *loader, const char *place, const char *what, const char *path)
+{
+	struct stat status;
+	if (stat(path, &status) == 0 && S_ISREG(status.st_mode) && !is_private(&status))
+		config_warning(loader, "%s: %s%s can be read by other users: chmod %s %s", place, path, what,
+		               status.st_uid == geteuid() ? "600" : "640", path);
+}
+
+bool config_is_loopback(const char *host)
+{
+	struct in_addr v4;
+	struct in6_addr v6;
+	size_t length = strlen(host);
+	if (strcasecmp(host, "localhost") == 0 || (length > 10 && strcasecmp(host + length - 10, ".localhost") == 0))
+		return true;
+	if (inet_pton(AF_INET, host, &v4) == 1)
+		return ntohl(v4.s_addr) >> 24 == 127;
+	return inet_pton(AF_INET6, host, &v6) == 1 &&
+	       (IN6_IS_ADDR_LOOPBACK(&v6) || (IN6_IS_ADDR_V4MAPPED(&v6) && v6.s6_addr[12] == 127));
+}
+
 static void check_file(struct config_loader *loader, const char *key, const char *path)
 {
 	if (path == NULL)
@@ -99,6 +130,8 @@ static void check_tls(struct config_loader *loader)
 			config_error(loader, "%s: has no effect without TLS, set mqtt.tls.enabled to true",
 			             config_place(loader, KEYS[i]));
 	}
+	if (tls->key != NULL)
+		config_warn_if_readable(loader, config_place(loader, "mqtt.tls.key"), "", tls->key);
 	if (tls->cert != NULL && tls->key == NULL)
 		config_error(loader, "%s: needs mqtt.tls.key, the file with the certificate's private key",
 		             config_place(loader, "mqtt.tls.cert"));
@@ -125,6 +158,13 @@ static void check_mqtt(struct config_loader *loader)
 		config_error(loader, "%s: MQTT 3.1.1 has no password without a user name, set mqtt.username",
 		             config_place(loader, config_is_set(loader, "mqtt.password") ? "mqtt.password"
 		                                                                         : "mqtt.password_file"));
+	if (mqtt->password != NULL && !mqtt->tls.enabled && !config_is_loopback(mqtt->host))
+		config_warning(loader,
+		               "%s: the password goes to %s unencrypted, whoever is on the way can read it; set "
+		               "mqtt.tls.enabled to true",
+		               config_place(loader, config_is_set(loader, "mqtt.password") ? "mqtt.password"
+		                                                                           : "mqtt.password_file"),
+		               mqtt->host);
 	for (size_t i = 0; i < sizeof ONLY_5 / sizeof ONLY_5[0] && mqtt->protocol != 5; i++)
 		if (config_is_set(loader, ONLY_5[i]))
 			config_warning(loader, "%s: has no effect with MQTT 3.1.1, there the broker decides",
@@ -385,14 +425,6 @@ static void strip_line_feed(char *text, size_t length)
 		text[--length] = '\0';
 }
 
-static void warn_if_readable(struct config_loader *loader, const char *key, const char *path)
-{
-	struct stat status;
-	if (stat(path, &status) == 0 && S_ISREG(status.st_mode) && (status.st_mode & (S_IRGRP | S_IROTH)) != 0)
-		config_warning(loader, "%s: %s can be read by other users: chmod 600 %s", config_place(loader, key),
-		               path, path);
-}
-
 /* Replace *secret by what the file holds. `key` names the secret, `file_key` the file. */
 static void read_secret(struct config_loader *loader, const char *key, const char *file_key, const char *path,
                         char **secret)
@@ -410,7 +442,7 @@ static void read_secret(struct config_loader *loader, const char *key, const cha
 		config_error(loader, "%s: cannot read %s: %s", config_place(loader, file_key), path, strerror(errno));
 		return;
 	}
-	warn_if_readable(loader, file_key, path);
+	config_warn_if_readable(loader, config_place(loader, file_key), "", path);
 	bool nul = memchr(text, '\0', length) != NULL;
 	strip_line_feed(text, length);
 	if (nul)
@@ -530,6 +562,8 @@ static void check_http(struct config_loader *loader)
 void config_check(struct config_loader *loader)
 {
 	struct config *config = loader->config;
+	if (loader->secret_in_file)
+		config_warn_if_readable(loader, "-c", " holds a secret and", config->file);
 	read_secret(loader, "mqtt.password", "mqtt.password_file", config->mqtt.password_file, &config->mqtt.password);
 	read_secret(loader, "mongodb.uri", "mongodb.uri_file", config->mongodb.uri_file, &config->mongodb.uri);
 	check_host(loader);

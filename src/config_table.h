@@ -93,6 +93,7 @@ struct config_loader {
 	FILE *output, *errors;
 	struct config_complaint *complaints;
 	size_t complaint_count;
+	bool secret_in_file; /* config->file holds one, whether it counts or not */
 	unsigned error_count;
 	enum config_action action;
 };
@@ -149,12 +150,18 @@ char *config_slurp(const char *path, size_t limit, size_t *length);
 
 /* config_check.c: everything that concerns more than one value; resolves port, secrets and state directory. */
 void config_check(struct config_loader *loader);
+/* Warn of a file with a secret in it that others can read, or change. `what` goes on behind its name. */
+void config_warn_if_readable(struct config_loader *loader, const char *place, const char *what, const char *path);
+/* Nothing that is sent there leaves this machine. */
+bool config_is_loopback(const char *host);
 
 /* config_uri.c */
 void config_check_uri(struct config_loader *loader);
 /* The '@' that ends the credentials in a URI's text behind "://", or NULL: there are none. Who shows a URI or part of
  * one asks this function where they end. */
 const char *config_credentials_end(const char *rest);
+/* A MongoDB URI in which there is nothing to hide. */
+bool config_uri_is_harmless(const char *uri);
 
 /* config_print.c */
 void config_print_help(FILE *output);

@@ -13,6 +13,7 @@
 #include <mongoc/mongoc.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/socket.h>
 
 /* Options whose values are secrets: any whose name contains one of these. */
 static const char *const SECRET_OPTIONS[] = {"password", "authmechanismproperties", "token", "secret"};
@@ -145,6 +146,14 @@ char *config_redact_uri(const char *uri)
 	return shown;
 }
 
+bool config_uri_is_harmless(const char *uri)
+{
+	char *shown = config_redact_uri(uri);
+	bool harmless = strncmp(uri, "mongodb", 7) == 0 && strcmp(shown, uri) == 0;
+	memory_wipe_free(shown);
+	return harmless;
+}
+
 /* The first byte of `text` that must be percent-encoded, or NULL. */
 static const char *find_unescaped(const char *text, size_t length)
 {
@@ -234,6 +243,44 @@ static void check_uri_concern(struct config_loader *loader, const mongoc_uri_t *
 		               place, loader->config->mongodb.database);
 }
 
+/* A host that is reached over a network, or NULL. Of mongodb+srv:// none is known yet. */
+static const char *remote_host(const mongoc_uri_t *uri)
+{
+	const mongoc_host_list_t *host = mongoc_uri_get_hosts(uri);
+	if (host == NULL)
+		return "the servers";
+	for (; host != NULL; host = host->next)
+		if (host->family != AF_UNIX && !config_is_loopback(host->host))
+			return host->host;
+	return NULL;
+}
+
+/* What lets others read along or pose as MongoDB. */
+static void check_uri_privacy(struct config_loader *loader, const mongoc_uri_t *uri)
+{
+	static const char *const INSECURE[][2] = {
+	    {MONGOC_URI_TLSINSECURE, "tlsInsecure"},
+	    {MONGOC_URI_TLSALLOWINVALIDCERTIFICATES, "tlsAllowInvalidCertificates"},
+	    {MONGOC_URI_TLSALLOWINVALIDHOSTNAMES, "tlsAllowInvalidHostnames"},
+	};
+	const char *place = uri_place(loader), *remote = remote_host(uri);
+	const char *key = mongoc_uri_get_option_as_utf8(uri, MONGOC_URI_TLSCERTIFICATEKEYFILE, NULL);
+	if (mongoc_uri_get_password(uri) != NULL && !mongoc_uri_get_tls(uri) && remote != NULL)
+		config_warning(loader,
+		               "%s: what goes to %s is not encrypted, whoever is on the way can read the messages and "
+		               "try passwords "
+		               "at leisure; add tls=true to the URI",
+		               place, remote);
+	for (size_t i = 0; i < sizeof INSECURE / sizeof INSECURE[0]; i++)
+		if (mongoc_uri_get_option_as_bool(uri, INSECURE[i][0], false))
+			config_warning(loader,
+			               "%s: with %s in the URI whoever is on the way can pose as MongoDB; take it out "
+			               "and name the authority in tlsCAFile",
+			               place, INSECURE[i][1]);
+	if (key != NULL)
+		config_warn_if_readable(loader, place, "", key);
+}
+
 static void check_with_driver(struct config_loader *loader, const char *uri, bool quotable)
 {
 	bson_error_t error = {0};
@@ -247,8 +294,10 @@ static void check_with_driver(struct config_loader *loader, const char *uri, boo
 		             "%s: is not a valid connection string; it may hold a secret and is not shown, the "
 		             "form is mongodb://USER:PASSWORD@HOST:PORT/?OPTION=VALUE",
 		             uri_place(loader));
-	else
+	else {
 		check_uri_concern(loader, parsed);
+		check_uri_privacy(loader, parsed);
+	}
 	mongoc_uri_destroy(parsed);
 }
 

@@ -263,6 +263,7 @@ def test_a_file_that_is_no_pem(mosquitto, mongod, service, database, certificate
     broker = mosquitto(tls=certificates, require_certificate=True)
     rubbish = tmp_path / "rubbish.pem"
     rubbish.write_text("rubbish\n")
+    rubbish.chmod(0o600)
     running = service(broker=broker, mongod=mongod, database=database, settings={
         **tls, "mqtt.tls.cert": certificates.client.cert, "mqtt.tls.key": certificates.client.key, key: rubbish})
     check_refusal(running, ["TLS", key])

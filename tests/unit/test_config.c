@@ -937,7 +937,7 @@ static void uris(void **state)
 	}
 	environment = no_environment;
 	accepts("--role|both|--mongodb-uri|mongodb://[::1]:27017,h2:1/?replicaSet=r");
-	write_file("a.json", "{\"mongodb\": {\"uri\": \"mongodb://u:p%40@h/?appName=a@b\"}}");
+	write_file("a.json", "{\"mongodb\": {\"uri\": \"mongodb://u:p%40@127.0.0.2/?appName=a@b\"}}");
 	accepts("--role|both|-c|a.json");
 	warns("--role|both|--mongodb-uri|mongodb://h/?w=1&journal=false", "w=1 in the URI promises less than majority");
 	assert_says("journal=false in the URI promises less");
@@ -966,10 +966,10 @@ static void secrets_in_arguments_are_wiped(void **state)
 static void secrets_in_files(void **state)
 {
 	write_file("password", "hunter2\n\n");
-	write_file("uri", "mongodb://u:p%40@h\r\n");
+	write_file("uri", "mongodb://u:p%40@localhost\r\n");
 	accepts("--role|both|--mqtt-password-file|password|--mongodb-uri-file|uri");
 	assert_string_equal(config.mqtt.password, "hunter2\n");
-	assert_string_equal(config.mongodb.uri, "mongodb://u:p%40@h");
+	assert_string_equal(config.mongodb.uri, "mongodb://u:p%40@localhost");
 	write_file("uri", "mongodb://u:s3@cret@h\n");
 	refuses("--role|both|--mongodb-uri-file|uri", "--mongodb-uri-file: the password has a '@' that is not escaped");
 	write_file("uri", "mongodb://h");
@@ -1104,6 +1104,116 @@ static void no_secret_is_shown(void **state)
 		free(flags);
 	}
 	assert_true(with_secret > 10000);
+}
+
+static void assert_warned(const char *flags, const char *text, bool warned)
+{
+	assert_int_equal(load(flags), CONFIG_RUN);
+	if ((strstr(said, text) != NULL) != warned)
+		fail_msg("%s says:\n%s", flags, said);
+}
+
+static void passwords_that_others_can_read_along(void **state)
+{
+	static const char *const OTHERS[] = {"broker",       "10.0.0.1",          "128.0.0.1",   "::2",
+	                                     "fe80::1%eth0", "localhost.example", "127.example", "notlocalhost"};
+	static const char *const OURS[] = {"localhost", "LOCALHOST", "a.localhost",     "127.0.0.1",
+	                                   "127.1.2.3", "::1",       "::ffff:127.0.0.1"};
+	char *flags;
+	write_file("password", "x");
+	for (size_t i = 0; i < 2 * (sizeof OTHERS / sizeof OTHERS[0]); i++) {
+		bool tls = i % 2;
+		assert_true(asprintf(&flags, "--role|both|--mqtt-password-file|password|--mqtt-host|%s%s",
+		                     OTHERS[i / 2], tls ? "|--mqtt-tls-enabled" : "") > 0);
+		assert_warned(flags, "--mqtt-password-file: the password goes to ", !tls);
+		free(flags);
+	}
+	for (size_t i = 0; i < sizeof OURS / sizeof OURS[0]; i++) {
+		assert_true(asprintf(&flags, "--role|both|--mqtt-password-file|password|--mqtt-host|%s", OURS[i]) > 0);
+		accepts(flags);
+		free(flags);
+	}
+	assert_warned("--role|both|--mqtt-host|broker|--mqtt-username|u", "warning", false);
+
+	static const struct {
+		const char *uri;
+		bool open;
+	} URIS[] = {{"mongodb://u:p@db.example", true},
+	            {"mongodb://u:p@localhost,db:1/", true},
+	            {"mongodb://u:p@db/?tls=false", true},
+	            {"mongodb+srv://u:p@db.example.org/?tls=false", true},
+	            {"mongodb://u:p@db/?tls=true", false},
+	            {"mongodb://u:p@db/?ssl=true", false},
+	            {"mongodb+srv://u:p@db.example.org/", false},
+	            {"mongodb://db", false},
+	            {"mongodb://u:p@localhost", false},
+	            {"mongodb://u:p@[::1]:1,127.0.0.1/", false},
+	            {"mongodb://u:p@%2Ftmp%2Fmongodb-27017.sock", false},
+	            {"mongodb://u@db/?authMechanism=MONGODB-X509", false}};
+	for (size_t i = 0; i < sizeof URIS / sizeof URIS[0]; i++) {
+		write_file("uri", URIS[i].uri);
+		assert_warned("--role|both|--mongodb-uri-file|uri", "is not encrypted", URIS[i].open);
+		assert_null(strstr(said, "u:p"));
+	}
+}
+
+static void tls_that_checks_nothing(void **state)
+{
+	static const char *const OPTIONS[][2] = {{"tlsInsecure", "tlsInsecure"},
+	                                         {"tlsAllowInvalidCertificates", "tlsAllowInvalidCertificates"},
+	                                         {"tlsAllowInvalidHostnames", "tlsAllowInvalidHostnames"},
+	                                         {"sslAllowInvalidCertificates", "tlsAllowInvalidCertificates"},
+	                                         {"sslAllowInvalidHostnames", "tlsAllowInvalidHostnames"}};
+	char flags[200], words[100];
+	for (size_t i = 0; i < sizeof OPTIONS / sizeof OPTIONS[0]; i++)
+		for (int on = 0; on < 2; on++) {
+			snprintf(flags, sizeof flags, "--role|both|--mongodb-uri|mongodb://h/?tls=true&%s=%s",
+			         OPTIONS[i][0], on ? "true" : "false");
+			snprintf(words, sizeof words,
+			         "--mongodb-uri: with %s in the URI whoever is on the way can pose as MongoDB",
+			         OPTIONS[i][1]);
+			assert_warned(flags, words, on);
+		}
+}
+
+/* Who may read: others never; our group where we have not been given the file by another user. */
+static void files_that_others_can_read(void **state)
+{
+	static const struct {
+		mode_t mode;
+		bool of_another, open;
+	} CASES[] = {{0600, false, false}, {0400, false, false}, {0640, false, true}, {0604, false, true},
+	             {0644, false, true},  {0602, false, true},  {0640, true, false}, {0440, true, false},
+	             {0644, true, true},   {0777, true, true}};
+	static const char *const FLAGS[][2] = {
+	    {"--role|both|--mqtt-password-file|secret",
+	     "--mqtt-password-file: secret can be read by other users: chmod 6"},
+	    {"--role|both|--mongodb-uri-file|uri", "--mongodb-uri-file: uri can be read by other users"},
+	    {"--role|both|-c|a.json", "-c: a.json holds a secret and can be read by other users"},
+	    {"--role|both|-c|b.json", "-c: b.json holds a secret and can be read by other users"},
+	    {"--role|both|-c|c.json", "can be read by other users"}, /* never: there is none in it */
+	    {"--role|both|--mqtt-tls-enabled|--mqtt-tls-cert|secret|--mqtt-tls-key|secret",
+	     "--mqtt-tls-key: secret can be read"},
+	    {"--role|both|--mongodb-uri|mongodb://h/?tls=true&tlsCertificateKeyFile=secret",
+	     "--mongodb-uri: secret can be read"}};
+	static const char *const FILES[] = {"secret", "uri", "a.json", "b.json", "c.json"};
+	write_file("secret", "x");
+	write_file("uri", "mongodb://h");
+	write_file("a.json", "{\"mqtt\": {\"password\": \"x\"}}");
+	write_file("b.json", "{\"mongodb\": {\"uri\": \"mongodb://u:p@localhost\"}}");
+	write_file("c.json", "{\"mongodb\": {\"uri\": \"mongodb://localhost\"}, \"mqtt\": {\"username\": \"u\"}}");
+	for (size_t i = 0; i < sizeof CASES / sizeof CASES[0]; i++) {
+		if (CASES[i].of_another && geteuid() != 0)
+			continue; /* only root can give a file away */
+		for (size_t k = 0; k < sizeof FILES / sizeof FILES[0]; k++) {
+			chmod(FILES[k], CASES[i].mode);
+			assert_true(geteuid() != 0 || chown(FILES[k], CASES[i].of_another ? 65534 : 0, getegid()) == 0);
+		}
+		for (size_t k = 0; k < sizeof FLAGS / sizeof FLAGS[0]; k++)
+			assert_warned(FLAGS[k][0], FLAGS[k][1], CASES[i].open && k != 4);
+	}
+	for (size_t k = 0; k < sizeof FILES / sizeof FILES[0]; k++)
+		unlink(FILES[k]);
 }
 
 static void state_directory(void **state)
@@ -1379,6 +1489,9 @@ int main(void)
 	    TEST(secrets_in_files),
 	    TEST(redaction),
 	    TEST(no_secret_is_shown),
+	    TEST(passwords_that_others_can_read_along),
+	    TEST(tls_that_checks_nothing),
+	    TEST(files_that_others_can_read),
 	    TEST(state_directory),
 	    TEST(documents_hold_every_key),
 	    TEST(where_to_listen),
