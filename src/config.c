@@ -198,6 +198,9 @@ const struct config_entry config_entries[] = {
     {.key = "shutdown_timeout", .type = CONFIG_TYPE_DURATION, .initial = "10s", .least = "0s", .most = "1h",
      AT(shutdown_timeout_ms),
      .help = "time to store what is on its way after SIGTERM; the rest stays at the broker and comes again"},
+    {.key = "core_dumps", .type = CONFIG_TYPE_BOOLEAN, .initial = "false", AT(core_dumps),
+     .help = "a crash may leave a core dump, which holds passwords and messages, and debuggers may attach; to find a fault "
+             "only"},
 
     {.key = "log.level", .type = CONFIG_TYPE_CHOICE, .initial = "info", .choices = LEVELS, AT(log_level),
      .help = "the least important lines to write"},

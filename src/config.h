@@ -135,6 +135,7 @@ struct config {
 	struct config_http http;
 	char *state_dir; /* resolved; the directory may not exist yet */
 	int64_t shutdown_timeout_ms;
+	bool core_dumps;
 	enum log_level log_level;
 	enum log_format log_format;
 	enum config_status log_status; /* the live status line: auto means on a terminal */

@@ -577,5 +577,9 @@ void config_check(struct config_loader *loader)
 	settle_state_dir(loader);
 	settle_spool(loader);
 	check_http(loader);
+	if (config->core_dumps)
+		config_warning(loader,
+		               "%s: a core dump holds passwords and messages; take this out when the fault is found",
+		               config_place(loader, "core_dumps"));
 	config_check_uri(loader);
 }

@@ -21,6 +21,8 @@ from service import BUILD, check_sums
 
 PATHS = ("/metrics", "/healthz", "/readyz", "/status.json")
 CONNACK = b"\x20\x03\x00\x00\x00"
+# Else only root sees its descriptors in /proc, and these tests may run as somebody else.
+OPEN_TO_LOOK = {"core_dumps": "true"}
 AGE_MOST = 10  # seconds a connection may last
 
 
@@ -165,7 +167,7 @@ def watched(service, mosquitto, mongod, database):
 
 
 def test_off_unless_asked_for(service, mosquitto, mongod, database):
-    running = service(broker=mosquitto(), mongod=mongod, database=database)
+    running = service(broker=mosquitto(), mongod=mongod, database=database, settings=OPEN_TO_LOOK)
     running.wait_log("subscribed to")
     assert listeners(running) == []
     assert "broker: connected" not in running.log
@@ -173,7 +175,7 @@ def test_off_unless_asked_for(service, mosquitto, mongod, database):
 
 
 def test_every_path(watched):
-    running = watched(**{"publisher.rate": "500/s"})
+    running = watched(**{"publisher.rate": "500/s"}, **OPEN_TO_LOOK)
     running.wait_stored(200)
     assert listeners(running) == [("0100007F", running.http_port)]
     types = {"/metrics": "text/plain; version=0.0.4; charset=utf-8"}
@@ -653,7 +655,7 @@ ATTACKS = [_idle, _drip, _large_header, _garbage, _never_read, _pipeline, _churn
                                                  "reset"])
 def test_an_attack_does_not_disturb_the_flow(watched, attack):
     """2,000 messages a second go on; scrapes too, although one may be turned away; nothing is left behind."""
-    running = watched(**{"publisher.rate": "2000/s"})
+    running = watched(**{"publisher.rate": "2000/s"}, **OPEN_TO_LOOK)
     running.wait_stored(1000)
     before = len(descriptors(running))
     attacked = contextlib.contextmanager(attack)(running.http_port)

@@ -2,8 +2,11 @@
 
 import contextlib
 import json
+import os
 import re
+import resource
 import shutil
+import signal
 import socket
 import stat
 import threading
@@ -442,6 +445,37 @@ def test_secrets_in_a_broken_file(service, tmp_path):
         running = service(args=["-c", path])
         running.finish(expect=2, sums=False)
         check_silent(running, SECRET)
+
+
+def crash(running):
+    """Have it end by SIGABRT; did the kernel write its memory somewhere?"""
+    os.kill(running.pid, signal.SIGABRT)
+    return os.waitid(os.P_PID, running.pid, os.WEXITED | os.WNOWAIT).si_code == os.CLD_DUMPED
+
+
+@pytest.mark.not_sanitized
+@pytest.mark.parametrize("allowed", [False, True])
+def test_a_crash_leaves_no_secret_behind(mosquitto, mongod, service, database, allowed):
+    """Whatever the limit. With core_dumps it does, which shows that this test can fail; how is the machine's affair."""
+    broker = mosquitto(users={"u": SECRET})
+    running = service(broker=broker, mongod=mongod, database=database, started=False, env={"MQTT2MONGO_MQTT_PASSWORD": SECRET},
+                      settings={"mqtt.username": "u", **({"core_dumps": "true"} if allowed else {})})
+    running.limits[resource.RLIMIT_CORE] = resource.RLIM_INFINITY
+    stores(running.start(), broker)
+    assert ("a core dump holds passwords" in running.log) == allowed
+    # What is not dumpable belongs to root in /proc: not even our own user reads its memory or environment.
+    assert Path(f"/proc/{running.pid}/environ").stat().st_uid == (os.geteuid() if allowed else 0)
+    limits = Path(f"/proc/{running.pid}/limits").read_text()
+    assert re.search(r"^Max core file size +(\S+) +(\S+)", limits, re.M).groups() == (("unlimited",) * 2 if allowed else ("0",) * 2)
+    dumped = crash(running)
+    dumps = [each for each in running.directory.iterdir() if each.name.startswith("core")]
+    pattern = Path("/proc/sys/kernel/core_pattern").read_text()
+    if not allowed:
+        assert not dumped and not dumps
+    elif pattern[0] not in "|/":
+        assert dumped and any(SECRET.encode() in each.read_bytes() for each in dumps)
+    for each in dumps:
+        each.unlink()
 
 
 def test_only_we_may_read_our_state(mosquitto, mongod, service, database, tmp_path):
