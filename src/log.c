@@ -292,3 +292,15 @@ void log_status(const char *text)
 		emit(LOG_LEVEL_INFO, "status", text, false);
 	errno = saved;
 }
+
+/* What assert() calls in this process, whichever library has it: libmosquitto's end it at some packets of a broker.
+ * glibc's own would write a line in a form of its own. */
+_Noreturn void log_assertion(const char *condition, const char *file, unsigned line,
+                             const char *function) __asm__("__assert_fail");
+
+_Noreturn void log_assertion(const char *condition, const char *file, unsigned line, const char *function)
+{
+	log_error("service", "assertion failed: %s, in %s at %s:%u; nothing unacknowledged is lost, please report this",
+	          condition, function != NULL ? function : "a function", file, line);
+	abort();
+}

@@ -5,6 +5,7 @@ And the one order that everything stands on: PUBACK after mongod's answer, seen 
 """
 
 import re
+import signal
 import struct
 import subprocess
 import time
@@ -149,6 +150,16 @@ def test_a_broker_that_misbehaves_after_connack(consumer, mosquitto, kind):
     with peers.Peer(peers.answer(CONNACK + (data or b""), close=data is None)) as peer:
         _assert_weathers(consumer(peer.port), peer, NOT_MQTT if data else HUNG_UP, mosquitto, lines=None,
                          attempts=lambda: len(peer.accepted) // 2)
+
+
+def test_a_property_that_does_not_exist(consumer):
+    """libmosquitto 2.0.11 fails an assertion of its own; nothing can be done but to say so as everything is said. Later ones do not."""
+    with peers.Peer(peers.answer(b"\x20\x05\x00\x00\x02\x7d\x00")) as peer:
+        running = consumer(peer.port).start()
+        wait_until(lambda: not running.alive or _complaints(running), 10, "it says something, or ends")
+        assert not [record for record in running.records if record["level"] == "?"], running.log
+        if not running.alive:
+            assert running.popen.returncode == -signal.SIGABRT and "assertion failed: mosq" in _complaints(running)[-1]
 
 
 def test_backoff_grows(consumer):

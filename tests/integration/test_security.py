@@ -9,6 +9,7 @@ import shutil
 import signal
 import socket
 import stat
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -18,6 +19,7 @@ from bson import json_util
 
 import clients
 from processes import ROOT, TIME_FACTOR, free_port, wait_until
+from service import BUILD
 
 SECRET = "Tr0ub4dor-and-3"  # no part of it is a word the program has
 
@@ -476,6 +478,34 @@ def test_a_crash_leaves_no_secret_behind(mosquitto, mongod, service, database, a
         assert dumped and any(SECRET.encode() in each.read_bytes() for each in dumps)
     for each in dumps:
         each.unlink()
+
+
+def compiler_takes(*flags):
+    return subprocess.run(["cc", "-Werror", *flags, "-c", "-x", "c", "/dev/null", "-o", "/dev/null"], capture_output=True, check=False,
+                          timeout=20).returncode == 0
+
+
+@pytest.mark.not_sanitized
+def test_how_it_is_built():
+    """What makes a fault harder to use, where compiler and machine have it."""
+    commands = [each["command"] for each in json.loads((BUILD / "compile_commands.json").read_text())
+                if each["file"].endswith(("/src/main.c", "/src/json.c"))]
+    assert len(commands) == 2
+    for flag in ("-fstack-protector-strong", "-fstack-clash-protection", "-fcf-protection", "-ftrivial-auto-var-init=zero"):
+        assert not compiler_takes(flag) or all(flag in command.split() for command in commands), flag
+
+    def readelf(*arguments):
+        return subprocess.run(["readelf", "-W", *map(str, arguments)], capture_output=True, check=True, text=True, timeout=20).stdout
+
+    program = readelf("-h", "-l", "-d", BUILD / "src" / "mqtt2mongo")
+    assert re.search(r"Type:\s+DYN", program) and "GNU_RELRO" in program and "BIND_NOW" in program
+    assert re.search(r"GNU_STACK.* RW +0x", program), "the stack is not to be run"
+    assert "RPATH" not in program and "RUNPATH" not in program
+    if os.uname().machine == "x86_64" and compiler_takes("-fcf-protection"):
+        objects = list((BUILD / "src").glob("**/*.o"))
+        assert len(objects) > 30
+        for each in objects:
+            assert "IBT, SHSTK" in readelf("-n", each), each
 
 
 def test_only_we_may_read_our_state(mosquitto, mongod, service, database, tmp_path):
