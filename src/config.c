@@ -215,8 +215,8 @@ const size_t config_entry_count = sizeof config_entries / sizeof config_entries[
 /* How a complaint is printed: as text behind its word, or as a line of the log. */
 enum { COMPLAINT_ERROR, COMPLAINT_WARNING, COMPLAINT_NOTE, COMPLAINT_EXAMPLE };
 
-__attribute__((format(printf, 3, 0))) static void complain(struct config_loader *loader, int kind, const char *format,
-                                                           va_list arguments)
+__attribute__((format(printf, 3, 0))) static void keep_complaint(struct config_loader *loader, int kind,
+                                                                 const char *format, va_list arguments)
 {
 	char *text = NULL;
 	if (vasprintf(&text, format, arguments) < 0)
@@ -230,7 +230,7 @@ void config_error(struct config_loader *loader, const char *format, ...)
 {
 	va_list arguments;
 	va_start(arguments, format);
-	complain(loader, COMPLAINT_ERROR, format, arguments);
+	keep_complaint(loader, COMPLAINT_ERROR, format, arguments);
 	va_end(arguments);
 	loader->error_count++;
 }
@@ -239,7 +239,7 @@ void config_warning(struct config_loader *loader, const char *format, ...)
 {
 	va_list arguments;
 	va_start(arguments, format);
-	complain(loader, COMPLAINT_WARNING, format, arguments);
+	keep_complaint(loader, COMPLAINT_WARNING, format, arguments);
 	va_end(arguments);
 }
 
@@ -247,7 +247,7 @@ void config_note(struct config_loader *loader, const char *format, ...)
 {
 	va_list arguments;
 	va_start(arguments, format);
-	complain(loader, COMPLAINT_NOTE, format, arguments);
+	keep_complaint(loader, COMPLAINT_NOTE, format, arguments);
 	va_end(arguments);
 }
 
@@ -256,7 +256,7 @@ __attribute__((format(printf, 2, 3))) static void example(struct config_loader *
 {
 	va_list arguments;
 	va_start(arguments, format);
-	complain(loader, COMPLAINT_EXAMPLE, format, arguments);
+	keep_complaint(loader, COMPLAINT_EXAMPLE, format, arguments);
 	va_end(arguments);
 }
 
