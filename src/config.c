@@ -14,6 +14,7 @@
 #define _GNU_SOURCE
 #include "config_table.h"
 
+#include "escape.h"
 #include "json.h"
 #include "memory.h"
 
@@ -115,6 +116,7 @@ const struct config_entry config_entries[] = {
      .help = "how long a write may wait for them before it is tried again"},
 
     {.key = "consumer.topic", .type = CONFIG_TYPE_TEXT, .initial = "sensors/#", AT(consumer.topic),
+     .once = CONFIG_ONE_FILTER,
      .help = "topic filter to subscribe to; + stands for one level, # at the end for all further ones"},
     {.key = "consumer.qos", .type = CONFIG_TYPE_INTEGER, .initial = "1", .least = "0", .most = "2", AT(consumer.qos),
      .help = "quality of service to subscribe with; 2 is subscribed as 1, 0 may lose messages"},
@@ -123,6 +125,7 @@ const struct config_entry config_entries[] = {
     {.key = "consumer.dead_letter", .type = CONFIG_TYPE_TEXT, .initial = "dead_letter", AT(consumer.dead_letter),
      .help = "collection for messages that are no JSON or that MongoDB refuses, byte for byte and with the reason"},
     {.key = "consumer.id", .type = CONFIG_TYPE_LIST, .initial = "objectid", AT(consumer.id_parts),
+     .once = "give all its parts in one, between commas",
      .help = "what makes a document's _id: objectid, a new one for each delivery, or a list of parts of the message, of "
              "which each is topic, a JSON pointer into the payload as in /id, or user-property:NAME"},
     {.key = "consumer.connections", .type = CONFIG_TYPE_INTEGER, .initial = "1", .least = "1", .most = "64",
@@ -144,8 +147,9 @@ const struct config_entry config_entries[] = {
      AT(consumer.batch_bytes),
      .initial_note = "8MiB, or consumer.max_payload if that is more",
      .help = "the most bytes of topics and payloads stored and acknowledged together"},
-    {.key = "consumer.qos0_topic", .type = CONFIG_TYPE_TEXT, AT(consumer.qos0_topic),
-     .help = "a second topic filter, subscribed at QoS 0 on a connection of its own, for messages that may be lost"},
+    {.key = "consumer.qos0_topic", .type = CONFIG_TYPE_TEXT, AT(consumer.qos0_topic), .once = CONFIG_ONE_FILTER,
+     .help = "a second topic filter, subscribed at QoS 0 on a connection of its own, for messages that may be lost; no "
+             "topic may match both filters"},
     {.key = "consumer.qos0_buffer", .type = CONFIG_TYPE_SIZE, .initial = "16MiB", .least = "64KiB", .most = "1GiB",
      AT(consumer.qos0_buffer),
      .help = "the most memory for such messages while they wait for MongoDB; what comes beyond it is dropped and counted"},
@@ -185,6 +189,11 @@ const struct config_entry config_entries[] = {
 
     {.key = "http.listen", .type = CONFIG_TYPE_TEXT, .initial = "off", AT(http.listen),
      .help = "address and port for /metrics, /healthz, /readyz and /status.json, as in 127.0.0.1:9641; there is no password"},
+    {.key = "http.hosts", .type = CONFIG_TYPE_LIST, AT(http.hosts),
+     .initial_note = "addresses, localhost, *.localhost, *.local",
+     .once = "give all names in one, between commas",
+     .help = "further names that http.listen may be asked by for what is not /metrics, /healthz or /readyz; any other is "
+             "refused, so that no page of a stranger can read it through a browser"},
 
     {.key = "state_dir", .type = CONFIG_TYPE_TEXT, AT(state_dir),
      .initial_note = "$STATE_DIRECTORY, /var/lib/mqtt2mongo if writable, or ~/.local/state/mqtt2mongo",
@@ -192,6 +201,9 @@ const struct config_entry config_entries[] = {
     {.key = "shutdown_timeout", .type = CONFIG_TYPE_DURATION, .initial = "10s", .least = "0s", .most = "1h",
      AT(shutdown_timeout_ms),
      .help = "time to store what is on its way after SIGTERM; the rest stays at the broker and comes again"},
+    {.key = "core_dumps", .type = CONFIG_TYPE_BOOLEAN, .initial = "false", AT(core_dumps),
+     .help = "a crash may leave a core dump, which holds passwords and messages, and debuggers may attach; to find a fault "
+             "only"},
 
     {.key = "log.level", .type = CONFIG_TYPE_CHOICE, .initial = "info", .choices = LEVELS, AT(log_level),
      .help = "the least important lines to write"},
@@ -203,18 +215,25 @@ const struct config_entry config_entries[] = {
 /* clang-format on */
 const size_t config_entry_count = sizeof config_entries / sizeof config_entries[0];
 
-static void report(struct config_loader *loader, const char *kind, const char *format, va_list arguments)
+/* How a complaint is printed: as text behind its word, or as a line of the log. */
+enum { COMPLAINT_ERROR, COMPLAINT_WARNING, COMPLAINT_NOTE, COMPLAINT_EXAMPLE };
+
+__attribute__((format(printf, 3, 0))) static void keep_complaint(struct config_loader *loader, int kind,
+                                                                 const char *format, va_list arguments)
 {
-	fprintf(loader->errors, "%s: ", kind);
-	vfprintf(loader->errors, format, arguments);
-	fputc('\n', loader->errors);
+	char *text = NULL;
+	if (vasprintf(&text, format, arguments) < 0)
+		text = memory_string(format);
+	loader->complaints =
+	    memory_resize(loader->complaints, (loader->complaint_count + 1) * sizeof *loader->complaints);
+	loader->complaints[loader->complaint_count++] = (struct config_complaint){kind, text};
 }
 
 void config_error(struct config_loader *loader, const char *format, ...)
 {
 	va_list arguments;
 	va_start(arguments, format);
-	report(loader, "error", format, arguments);
+	keep_complaint(loader, COMPLAINT_ERROR, format, arguments);
 	va_end(arguments);
 	loader->error_count++;
 }
@@ -223,7 +242,7 @@ void config_warning(struct config_loader *loader, const char *format, ...)
 {
 	va_list arguments;
 	va_start(arguments, format);
-	report(loader, "warning", format, arguments);
+	keep_complaint(loader, COMPLAINT_WARNING, format, arguments);
 	va_end(arguments);
 }
 
@@ -231,8 +250,34 @@ void config_note(struct config_loader *loader, const char *format, ...)
 {
 	va_list arguments;
 	va_start(arguments, format);
-	report(loader, "note", format, arguments);
+	keep_complaint(loader, COMPLAINT_NOTE, format, arguments);
 	va_end(arguments);
+}
+
+/* For who reads the error before it: a command to try. */
+__attribute__((format(printf, 2, 3))) static void example(struct config_loader *loader, const char *format, ...)
+{
+	va_list arguments;
+	va_start(arguments, format);
+	keep_complaint(loader, COMPLAINT_EXAMPLE, format, arguments);
+	va_end(arguments);
+}
+
+/* Only now is log.format known, which these lines follow as well. */
+static void print_complaints(struct config_loader *loader)
+{
+	static const char *const words[] = {"error: ", "warning: ", "note: ", "  "};
+	static const enum log_level levels[] = {LOG_LEVEL_ERROR, LOG_LEVEL_WARN, LOG_LEVEL_INFO};
+	bool json = loader->config->log_format == LOG_FORMAT_JSON;
+	for (size_t i = 0; i < loader->complaint_count; i++) {
+		struct config_complaint *complaint = &loader->complaints[i];
+		if (!json)
+			escape_print(loader->errors, "%s%s", words[complaint->kind], complaint->text);
+		else if (complaint->kind != COMPLAINT_EXAMPLE)
+			log_print(loader->errors, LOG_FORMAT_JSON, levels[complaint->kind], "config", complaint->text);
+		free(complaint->text);
+	}
+	free(loader->complaints);
 }
 
 const struct config_entry *config_entry_find(const char *key)
@@ -316,6 +361,7 @@ void config_offer(struct config_loader *loader, enum config_source source, const
 	struct config_value value;
 	struct config_setting *setting = &loader->settings[entry - config_entries];
 	char *error = config_value_parse(entry, kind, text, &value);
+	loader->secret_in_file |= source == CONFIG_SOURCE_FILE && entry->secret && !config_uri_is_harmless(text);
 	if (error != NULL)
 		config_error(loader, "%s: %s", place, error);
 	else if (source >= setting->source)
@@ -394,9 +440,7 @@ static const char *take_boolean(struct arguments *arguments, const char *behind_
 /* Say that other users could have seen the secret, and keep it from those who look later. */
 static void wipe_argument(struct config_loader *loader, const struct config_entry *entry, char *secret)
 {
-	char *shown = config_redact_uri(secret);
-	bool harmless = strncmp(secret, "mongodb", 7) == 0 && strcmp(shown, secret) == 0;
-	if (!harmless) {
+	if (!config_uri_is_harmless(secret)) {
 		char *file = memory_format("%s_file", entry->key), *flag = config_spell(CONFIG_SOURCE_FLAG, file);
 		config_warning(loader,
 		               "%s: a secret on the command line can be seen by other users, write it to a "
@@ -405,7 +449,6 @@ static void wipe_argument(struct config_loader *loader, const struct config_entr
 		free(flag);
 		free(file);
 	}
-	free(shown);
 	memset(secret, 'x', strlen(secret));
 }
 
@@ -413,6 +456,8 @@ static void read_key_flag(struct config_loader *loader, struct arguments *argume
                           char *behind_name)
 {
 	char *flag = config_spell(CONFIG_SOURCE_FLAG, entry->key), *value = NULL;
+	if (entry->once != NULL && loader->settings[entry - config_entries].source == CONFIG_SOURCE_FLAG)
+		config_error(loader, "%s: is given twice, %s", flag, entry->once);
 	if (entry->type == CONFIG_TYPE_BOOLEAN) {
 		config_offer(loader, CONFIG_SOURCE_FLAG, entry, CONFIG_KIND_PLAIN, take_boolean(arguments, behind_name),
 		             flag);
@@ -566,11 +611,10 @@ static void require_role(struct config_loader *loader)
 		return;
 	if (loader->action == CONFIG_SPOOL_STATUS || loader->action == CONFIG_SPOOL_EXPORT)
 		return;
-	config_error(loader, "no role is given, say what this process shall do, for example one of:\n"
-	                     "  mqtt2mongo --role publisher --mqtt-host localhost\n"
-	                     "  mqtt2mongo --role consumer --mqtt-host localhost --mongodb-uri "
-	                     "mongodb://localhost:27017\n"
-	                     "  mqtt2mongo --role both");
+	config_error(loader, "no role is given, say what this process shall do, for example one of:");
+	example(loader, "mqtt2mongo --role publisher --mqtt-host localhost");
+	example(loader, "mqtt2mongo --role consumer --mqtt-host localhost --mongodb-uri mongodb://localhost:27017");
+	example(loader, "mqtt2mongo --role both");
 }
 
 static void load(struct config_loader *loader, int argc, char **argv)
@@ -597,6 +641,7 @@ enum config_action config_load(struct config *config, int argc, char **argv, cha
 		return CONFIG_PRINTED;
 	loader.settings = memory_zeroed(config_entry_count, sizeof *loader.settings);
 	load(&loader, argc, argv);
+	print_complaints(&loader);
 	for (size_t i = 0; i < config_entry_count; i++)
 		free(loader.settings[i].place);
 	free(loader.settings);

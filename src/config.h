@@ -119,10 +119,11 @@ struct config_spool {
 };
 
 struct config_http {
-	char *listen;     /* "off", or ADDRESS:PORT as it is written */
-	bool enabled;     /* the rest is set */
-	char address[46]; /* a literal IPv4 or IPv6 address */
-	int port;         /* 1 to 65535 */
+	char *listen;             /* "off", or ADDRESS:PORT as it is written */
+	bool enabled;             /* the rest is set */
+	char address[46];         /* a literal IPv4 or IPv6 address */
+	int port;                 /* 1 to 65535 */
+	struct config_list hosts; /* names that a request may ask for, beside addresses and names of this machine */
 };
 
 struct config {
@@ -135,6 +136,7 @@ struct config {
 	struct config_http http;
 	char *state_dir; /* resolved; the directory may not exist yet */
 	int64_t shutdown_timeout_ms;
+	bool core_dumps;
 	enum log_level log_level;
 	enum log_format log_format;
 	enum config_status log_status; /* the live status line: auto means on a terminal */
@@ -144,9 +146,9 @@ struct config {
 
 /*
  * Fill `config` from the command line, `environment` (as environ) and the file.
- * Errors are printed to `errors`, one line each: what is wrong, where, what is allowed, the nearest known name.
- * Secrets found in argv are wiped from it (so /proc/PID/cmdline does not show them) after a warning.
- * Whatever is returned, config_finish() frees.
+ * Errors, warnings and notes are printed to `errors`, one line each in the form of log.format: what is wrong, where,
+ * what is allowed, the nearest known name. Secrets found in argv are wiped from it (so /proc/PID/cmdline does not show
+ * them) after a warning. Whatever is returned, config_finish() frees.
  */
 enum config_action config_load(struct config *config, int argc, char **argv, char **environment, FILE *output,
                                FILE *errors);

@@ -35,7 +35,7 @@ static char *join(const char *directory, const char *name)
 /* mqtt.host as a URL: say which settings it stands for. The URL may hold a password and is not quoted. */
 static void refuse_url(struct config_loader *loader, const char *url)
 {
-	const char *rest = strstr(url, "://") + 3, *at = strrchr(rest, '@');
+	const char *rest = strstr(url, "://") + 3, *at = config_credentials_end(rest);
 	const char *host = at != NULL ? at + 1 : rest;
 	int host_length = (int)strcspn(host, ":/?");
 	int port_length = host[host_length] == ':' ? (int)strspn(host + host_length + 1, "0123456789") : 0;
@@ -73,6 +73,37 @@ static void check_host(struct config_loader *loader)
 		             place);
 }
 
+/*
+ * A group may read a file that somebody else owns: root:mqtt2mongo with mode 640, a Kubernetes volume with fsGroup;
+ * that is how we read it. Of our own file with our own group nobody has chosen who may read it.
+ */
+static bool is_private(const struct stat *status)
+{
+	bool ours = status->st_uid == geteuid() && status->st_gid == getegid();
+	return (status->st_mode & (S_IROTH | S_IWOTH)) == 0 && (!ours || (status->st_mode & (S_IRGRP | S_IWGRP)) == 0);
+}
+
+void config_warn_if_readable(struct config_loader *loader, const char *place, const char *what, const char *path)
+{
+	struct stat status;
+	if (stat(path, &status) == 0 && S_ISREG(status.st_mode) && !is_private(&status))
+		config_warning(loader, "%s: %s%s can be read by other users: chmod %s %s", place, path, what,
+		               status.st_uid == geteuid() ? "600" : "640", path);
+}
+
+bool config_is_loopback(const char *host)
+{
+	struct in_addr v4;
+	struct in6_addr v6;
+	size_t length = strlen(host);
+	if (strcasecmp(host, "localhost") == 0 || (length > 10 && strcasecmp(host + length - 10, ".localhost") == 0))
+		return true;
+	if (inet_pton(AF_INET, host, &v4) == 1)
+		return ntohl(v4.s_addr) >> 24 == 127;
+	return inet_pton(AF_INET6, host, &v6) == 1 &&
+	       (IN6_IS_ADDR_LOOPBACK(&v6) || (IN6_IS_ADDR_V4MAPPED(&v6) && v6.s6_addr[12] == 127));
+}
+
 static void check_file(struct config_loader *loader, const char *key, const char *path)
 {
 	if (path == NULL)
@@ -99,6 +130,8 @@ static void check_tls(struct config_loader *loader)
 			config_error(loader, "%s: has no effect without TLS, set mqtt.tls.enabled to true",
 			             config_place(loader, KEYS[i]));
 	}
+	if (tls->key != NULL)
+		config_warn_if_readable(loader, config_place(loader, "mqtt.tls.key"), "", tls->key);
 	if (tls->cert != NULL && tls->key == NULL)
 		config_error(loader, "%s: needs mqtt.tls.key, the file with the certificate's private key",
 		             config_place(loader, "mqtt.tls.cert"));
@@ -125,6 +158,13 @@ static void check_mqtt(struct config_loader *loader)
 		config_error(loader, "%s: MQTT 3.1.1 has no password without a user name, set mqtt.username",
 		             config_place(loader, config_is_set(loader, "mqtt.password") ? "mqtt.password"
 		                                                                         : "mqtt.password_file"));
+	if (mqtt->password != NULL && !mqtt->tls.enabled && !config_is_loopback(mqtt->host))
+		config_warning(loader,
+		               "%s: the password goes to %s unencrypted, whoever is on the way can read it; set "
+		               "mqtt.tls.enabled to true",
+		               config_place(loader, config_is_set(loader, "mqtt.password") ? "mqtt.password"
+		                                                                           : "mqtt.password_file"),
+		               mqtt->host);
 	for (size_t i = 0; i < sizeof ONLY_5 / sizeof ONLY_5[0] && mqtt->protocol != 5; i++)
 		if (config_is_set(loader, ONLY_5[i]))
 			config_warning(loader, "%s: has no effect with MQTT 3.1.1, there the broker decides",
@@ -154,6 +194,8 @@ static const char *filter_fault(const char *filter)
 		return "is not UTF-8 without control characters, as MQTT topics must be";
 	if (strncmp(filter, "$share/", 7) == 0 || strcmp(filter, "$share") == 0)
 		return "give the filter without $share/GROUP/, and the name of the group in consumer.share";
+	if (strchr(filter, ',') != NULL)
+		return "holds a comma, " CONFIG_ONE_FILTER "; for a comma in a topic write + for that level";
 	for (const char *level = filter; level != NULL; level = strchr(level, '/') ? strchr(level, '/') + 1 : NULL) {
 		size_t length = strcspn(level, "/");
 		if (memchr(level, '#', length) != NULL && (length != 1 || level[1] != '\0'))
@@ -162,6 +204,27 @@ static const char *filter_fault(const char *filter)
 			return "+ must be a whole level, as in sensors/+/readings";
 	}
 	return NULL;
+}
+
+/* Is there a topic that both filters match (MQTT 5 §4.7)? Both are without fault. */
+static bool filters_meet(const char *a, const char *b)
+{
+	bool reserved = (a[0] == '$') != (b[0] == '$'); /* no wildcard stands for a first level with $ */
+	if (reserved && strchr("+#", a[0] == '$' ? b[0] : a[0]) != NULL)
+		return false;
+	for (;;) {
+		size_t a_length = strcspn(a, "/"), b_length = strcspn(b, "/");
+		if (a[0] == '#' || b[0] == '#')
+			return true;
+		if (a[0] != '+' && b[0] != '+' && (a_length != b_length || memcmp(a, b, a_length) != 0))
+			return false;
+		a += a_length;
+		b += b_length;
+		if (*a == '\0' || *b == '\0') /* "x/#" matches "x" too */
+			return strcmp(*a == '\0' ? b : a, "") == 0 || strcmp(*a == '\0' ? b : a, "/#") == 0;
+		a++;
+		b++;
+	}
 }
 
 static void check_publisher_topic(struct config_loader *loader)
@@ -191,6 +254,8 @@ static const char *collection_fault(const char *name, const char *database)
 		return "names that start with system. belong to MongoDB itself";
 	if (name[0] == '.' || name[strlen(name) - 1] == '.' || strstr(name, "..") != NULL)
 		return "a collection's name must not start or end with a dot or hold two in a row";
+	if (strpbrk(name, "{}") != NULL)
+		return "nothing is put in for braces, all messages go into one collection; give a name without them";
 	if (strlen(database) + 1 + strlen(name) > NAMESPACE_LIMIT)
 		return "database and collection together are longer than 255 bytes, MongoDB allows no more";
 	return is_mqtt_text(name) ? NULL : "is not UTF-8 without control characters";
@@ -282,6 +347,23 @@ static void check_share(struct config_loader *loader)
 		complain(loader, "consumer.connections", "with consumer.qos 0 there is one connection only");
 }
 
+/* The two filters are subscribed on two connections: the broker sends a message that both match on each. */
+static void check_qos0_topic(struct config_loader *loader)
+{
+	const struct config_consumer *consumer = &loader->config->consumer;
+	const char *fault = consumer->qos0_topic == NULL ? NULL : filter_fault(consumer->qos0_topic);
+	if (consumer->qos0_topic == NULL)
+		return;
+	if (consumer->qos == 0)
+		fault = "has no effect with consumer.qos 0, which takes consumer.topic that way";
+	else if (fault == NULL && filter_fault(consumer->topic) == NULL &&
+	         filters_meet(consumer->topic, consumer->qos0_topic))
+		fault =
+		    "a topic can match this filter and consumer.topic as well, and its messages would be stored twice; "
+		    "narrow one of the two, or leave this one out";
+	complain(loader, "consumer.qos0_topic", fault);
+}
+
 static void check_consumer(struct config_loader *loader)
 {
 	struct config_consumer *consumer = &loader->config->consumer;
@@ -294,12 +376,7 @@ static void check_consumer(struct config_loader *loader)
 	if (strcmp(consumer->collection, consumer->dead_letter) == 0)
 		complain(loader, "consumer.dead_letter",
 		         "is the same as consumer.collection, dead letters need a collection of their own");
-	if (consumer->qos0_topic != NULL)
-		complain(loader, "consumer.qos0_topic",
-		         consumer->qos == 0 ? "has no effect with consumer.qos 0, which takes consumer.topic that way"
-		         : strcmp(consumer->qos0_topic, consumer->topic) == 0
-		             ? "is the same as consumer.topic, every message would be stored twice"
-		             : filter_fault(consumer->qos0_topic));
+	check_qos0_topic(loader);
 	if (consumer->qos == 0)
 		config_warning(loader,
 		               "%s: 0 promises less than 1: what is on its way while a connection or process ends "
@@ -351,14 +428,6 @@ static void strip_line_feed(char *text, size_t length)
 		text[--length] = '\0';
 }
 
-static void warn_if_readable(struct config_loader *loader, const char *key, const char *path)
-{
-	struct stat status;
-	if (stat(path, &status) == 0 && S_ISREG(status.st_mode) && (status.st_mode & (S_IRGRP | S_IROTH)) != 0)
-		config_warning(loader, "%s: %s can be read by other users: chmod 600 %s", config_place(loader, key),
-		               path, path);
-}
-
 /* Replace *secret by what the file holds. `key` names the secret, `file_key` the file. */
 static void read_secret(struct config_loader *loader, const char *key, const char *file_key, const char *path,
                         char **secret)
@@ -376,7 +445,7 @@ static void read_secret(struct config_loader *loader, const char *key, const cha
 		config_error(loader, "%s: cannot read %s: %s", config_place(loader, file_key), path, strerror(errno));
 		return;
 	}
-	warn_if_readable(loader, file_key, path);
+	config_warn_if_readable(loader, config_place(loader, file_key), "", path);
 	bool nul = memchr(text, '\0', length) != NULL;
 	strip_line_feed(text, length);
 	if (nul)
@@ -463,9 +532,24 @@ static const char *split_listen(const char *listen, struct config_http *http)
 	return NULL;
 }
 
+/* What is wrong with a name that http is asked by, or NULL. */
+static const char *http_host_fault(const char *name)
+{
+	if (strstr(name, "://") != NULL || strpbrk(name, ":/") != NULL)
+		return "give names only, as in status.example.org, without http://, port or path";
+	if (strchr(name, '*') != NULL)
+		return "* stands for nothing here, give each name in full";
+	return name[0] == '\0' || strpbrk(name, " \t[]@?#") != NULL ? "must be a list of host names" : NULL;
+}
+
 static void check_http(struct config_loader *loader)
 {
 	struct config_http *http = &loader->config->http;
+	for (size_t i = 0; i < http->hosts.count; i++)
+		if (http_host_fault(http->hosts.items[i]) != NULL) {
+			complain(loader, "http.hosts", http_host_fault(http->hosts.items[i]));
+			break;
+		}
 	if (strcmp(http->listen, "off") == 0)
 		return;
 	const char *fault = split_listen(http->listen, http);
@@ -481,6 +565,8 @@ static void check_http(struct config_loader *loader)
 void config_check(struct config_loader *loader)
 {
 	struct config *config = loader->config;
+	if (loader->secret_in_file)
+		config_warn_if_readable(loader, "-c", " holds a secret and", config->file);
 	read_secret(loader, "mqtt.password", "mqtt.password_file", config->mqtt.password_file, &config->mqtt.password);
 	read_secret(loader, "mongodb.uri", "mongodb.uri_file", config->mongodb.uri_file, &config->mongodb.uri);
 	check_host(loader);
@@ -494,5 +580,9 @@ void config_check(struct config_loader *loader)
 	settle_state_dir(loader);
 	settle_spool(loader);
 	check_http(loader);
+	if (config->core_dumps)
+		config_warning(loader,
+		               "%s: a core dump holds passwords and messages; take this out when the fault is found",
+		               config_place(loader, "core_dumps"));
 	config_check_uri(loader);
 }

@@ -38,6 +38,10 @@ struct config_choice {
 	int value;
 };
 
+/* What to do where several topic filters are wanted. */
+#define CONFIG_ONE_FILTER                                                                                              \
+	"there is one filter only; take one that matches all, or run a service with a state_dir of its own for each"
+
 /* One key. Default and range are written as a user writes them: the same text is parsed, checked and printed. */
 struct config_entry {
 	const char *key;
@@ -50,6 +54,7 @@ struct config_entry {
 	size_t set_offset;                   /* of the bool that says "set by the user"; 0: there is none */
 	const char *initial_note;            /* what documentation says instead of `initial`, or NULL */
 	const char *help;
+	const char *once; /* why its flag is given once and what to do instead, or NULL: the last one counts */
 };
 
 extern const struct config_entry config_entries[];
@@ -75,11 +80,20 @@ struct config_setting {
 	char *place; /* "a.json:12: mqtt.port", "--mqtt-port", …; NULL for a default */
 };
 
+/* What is to be said when everything is read. */
+struct config_complaint {
+	int kind;
+	char *text; /* owned */
+};
+
 struct config_loader {
 	struct config *config;
 	struct config_setting *settings; /* one an entry, in the table's order */
 	char **environment;
 	FILE *output, *errors;
+	struct config_complaint *complaints;
+	size_t complaint_count;
+	bool secret_in_file; /* config->file holds one, whether it counts or not */
 	unsigned error_count;
 	enum config_action action;
 };
@@ -93,7 +107,7 @@ struct config_value {
 	const char *text; /* borrowed; for a list as config_list_parse() takes it */
 };
 
-/* One line on loader->errors; an error makes the configuration invalid. */
+/* One line on loader->errors when all is read, escaped there; an error makes the configuration invalid. */
 void config_error(struct config_loader *loader, const char *format, ...) __attribute__((format(printf, 2, 3)));
 void config_warning(struct config_loader *loader, const char *format, ...) __attribute__((format(printf, 2, 3)));
 void config_note(struct config_loader *loader, const char *format, ...) __attribute__((format(printf, 2, 3)));
@@ -136,9 +150,18 @@ char *config_slurp(const char *path, size_t limit, size_t *length);
 
 /* config_check.c: everything that concerns more than one value; resolves port, secrets and state directory. */
 void config_check(struct config_loader *loader);
+/* Warn of a file with a secret in it that others can read, or change. `what` goes on behind its name. */
+void config_warn_if_readable(struct config_loader *loader, const char *place, const char *what, const char *path);
+/* Nothing that is sent there leaves this machine. */
+bool config_is_loopback(const char *host);
 
 /* config_uri.c */
 void config_check_uri(struct config_loader *loader);
+/* The '@' that ends the credentials in a URI's text behind "://", or NULL: there are none. Who shows a URI or part of
+ * one asks this function where they end. */
+const char *config_credentials_end(const char *rest);
+/* A MongoDB URI in which there is nothing to hide. */
+bool config_uri_is_harmless(const char *uri);
 
 /* config_print.c */
 void config_print_help(FILE *output);

@@ -13,33 +13,77 @@
 #include <mongoc/mongoc.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/socket.h>
 
 /* Options whose values are secrets: any whose name contains one of these. */
 static const char *const SECRET_OPTIONS[] = {"password", "authmechanismproperties", "token", "secret"};
 
-static bool names_secret(const char *name, size_t length)
+/* Options with texts as values that the driver keeps outside its lists. */
+static const char *const OTHER_OPTIONS[] = {
+    "authmechanism", "authsource", "compressors", "gssapiservicename", "readconcernlevel", "readpreferencetags", "w"};
+
+/* One option of a URI; its text starts with what stands before it: '?', '&' or ';'. */
+struct option {
+	const char *text;
+	size_t length;
+	size_t name; /* length of separator and name; `length` when there is no '=' */
+};
+
+static struct option option_at(const char *text)
 {
-	char *copy = strndup(name, length);
-	bool secret = copy == NULL;
-	for (size_t i = 0; i < sizeof SECRET_OPTIONS / sizeof SECRET_OPTIONS[0] && !secret; i++)
-		secret = strcasestr(copy, SECRET_OPTIONS[i]) != NULL;
-	free(copy);
-	return secret;
+	struct option option = {text, 1 + strcspn(text + 1, "?&;"), strcspn(text, "=")};
+	if (option.name > option.length)
+		option.name = option.length;
+	return option;
 }
 
-/* A copy of what follows the credentials, the values of secret options replaced by ***. */
+static bool names_secret(const char *name)
+{
+	for (size_t i = 0; i < sizeof SECRET_OPTIONS / sizeof SECRET_OPTIONS[0]; i++)
+		if (strcasestr(name, SECRET_OPTIONS[i]) != NULL)
+			return true;
+	return false;
+}
+
+/* The driver has such an option. */
+static bool names_option(const char *name)
+{
+	for (size_t i = 0; i < sizeof OTHER_OPTIONS / sizeof OTHER_OPTIONS[0]; i++)
+		if (strcasecmp(name, OTHER_OPTIONS[i]) == 0)
+			return true;
+	return mongoc_uri_option_is_utf8(name) || mongoc_uri_option_is_bool(name) || mongoc_uri_option_is_int32(name) ||
+	       mongoc_uri_option_is_int64(name);
+}
+
+enum option_kind { OPTION_UNKNOWN, OPTION_KNOWN, OPTION_SECRET };
+
+static enum option_kind kind_of(const struct option *option)
+{
+	char *name = memory_format("%.*s", (int)(option->name - 1), option->text + 1);
+	enum option_kind kind = option->name == option->length ? OPTION_UNKNOWN
+	                        : names_secret(name)           ? OPTION_SECRET
+	                        : names_option(name)           ? OPTION_KNOWN
+	                                                       : OPTION_UNKNOWN;
+	memory_wipe_free(name);
+	return kind;
+}
+
+/* A copy of what follows the credentials, the values of secret options replaced by ***. What follows a secret and is no
+ * option is taken for more of it; a name with an escape in it is not read and may be a secret's. */
 static char *hide_options(const char *rest)
 {
 	char *shown = memory_zeroed(1, strlen(rest) * 4 + 1);
-	size_t used = strcspn(rest, "?");
+	size_t used = strcspn(rest, "?&;");
+	bool hidden = false;
 	memcpy(shown, rest, used);
-	const char *option = rest + used;
-	while (*option != '\0') {
-		size_t length = 1 + strcspn(option + 1, "&;"), name = strcspn(option, "=");
-		bool hidden = name < length && names_secret(option, name);
-		used += (size_t)sprintf(shown + used, "%.*s%s", (int)(hidden ? name + 1 : length), option,
-		                        hidden ? "***" : "");
-		option += length;
+	for (const char *next = rest + used; *next != '\0';) {
+		struct option option = option_at(next);
+		enum option_kind kind = kind_of(&option);
+		bool escaped = memchr(option.text, '%', option.name) != NULL;
+		hidden = kind == OPTION_SECRET || (kind == OPTION_UNKNOWN && (hidden || escaped));
+		size_t kept = !hidden ? option.length : kind == OPTION_SECRET ? option.name + 1 : 1;
+		used += (size_t)sprintf(shown + used, "%.*s%s", (int)kept, option.text, hidden ? "***" : "");
+		next += option.length;
 	}
 	return shown;
 }
@@ -58,18 +102,56 @@ static bool is_host_list(const char *text)
 	return true;
 }
 
+/* Every '@' of this text, which starts behind the hosts, belongs to the value of an option. */
+static bool only_options_hold_at(const char *text)
+{
+	text += strcspn(text, "@?");
+	while (*text != '\0' && *text != '@') {
+		struct option option = option_at(text);
+		bool unknown = kind_of(&option) == OPTION_UNKNOWN;
+		if (memchr(text, '@', unknown ? option.length : option.name) != NULL)
+			return false;
+		text += option.length;
+	}
+	return *text == '\0';
+}
+
+/*
+ * It is the last one before path and options. A '/' or '?' that should have been encoded hides it behind what looks
+ * like those; so when there is a later one that no known option explains, that is taken: better a host hidden than a
+ * secret shown.
+ */
+const char *config_credentials_end(const char *rest)
+{
+	size_t authority = strcspn(rest, "/?");
+	const char *at = memrchr(rest, '@', authority), *later = strrchr(rest + authority, '@');
+	bool explained = is_host_list(at != NULL ? at + 1 : rest) && only_options_hold_at(rest + authority);
+	return later == NULL || explained ? at : later;
+}
+
 char *config_redact_uri(const char *uri)
 {
 	const char *scheme = uri != NULL ? strstr(uri, "://") : NULL;
 	if (scheme == NULL)
 		return memory_string("***");
-	const char *rest = scheme + 3, *at = strrchr(rest, '@');
-	if (at == NULL && !is_host_list(rest))
+	const char *rest = scheme + 3, *end = config_credentials_end(rest);
+	char *before = memory_format("%.*s", end != NULL ? (int)(end - rest) : 0, rest);
+	bool in_secret = strchr(before, '?') != NULL && names_secret(before); /* the '@' may be a secret option's */
+	memory_wipe_free(before);
+	if (in_secret || (end == NULL && !is_host_list(rest)))
 		return memory_format("%.*s***", (int)(rest - uri), uri);
-	char *options = hide_options(at != NULL ? at + 1 : rest);
-	char *shown = memory_format("%.*s%s%s", (int)(rest - uri), uri, at != NULL ? "***@" : "", options);
+	char *options = hide_options(end != NULL ? end + 1 : rest);
+	char *shown = memory_format("%.*s%s%s", (int)(rest - uri), uri, end != NULL ? "***@" : "", options);
 	memory_wipe_free(options);
 	return shown;
+}
+
+bool config_uri_is_harmless(const char *uri)
+{
+	char *shown = config_redact_uri(uri);
+	bool harmless = strncmp(uri, "mongodb", 7) == 0 && strcmp(shown, uri) == 0;
+	memory_wipe_free(shown);
+	return harmless;
 }
 
 /* The first byte of `text` that must be percent-encoded, or NULL. */
@@ -82,23 +164,6 @@ static const char *find_unescaped(const char *text, size_t length)
 			return text + i;
 	}
 	return NULL;
-}
-
-/*
- * The '@' that ends the credentials in the text behind the scheme, or NULL. It is the last one before the path; but
- * a '/' or '?' that should have been encoded hides it behind what looks like a path or options.
- */
-static const char *credentials_end(const char *rest)
-{
-	size_t authority = strcspn(rest, "/?");
-	const char *at = memrchr(rest, '@', authority);
-	const char *later = strrchr(rest + authority, '@');
-	bool plain_hosts = is_host_list(at != NULL ? at + 1 : rest);
-	if (later == NULL)
-		return at;
-	const char *options = rest + strcspn(rest, "?");
-	bool in_option = later > options && memchr(options, '=', (size_t)(later - options)) != NULL;
-	return plain_hosts && in_option ? at : later;
 }
 
 /* Where the URI came from, for messages. */
@@ -178,6 +243,44 @@ static void check_uri_concern(struct config_loader *loader, const mongoc_uri_t *
 		               place, loader->config->mongodb.database);
 }
 
+/* A host that is reached over a network, or NULL. Of mongodb+srv:// none is known yet. */
+static const char *remote_host(const mongoc_uri_t *uri)
+{
+	const mongoc_host_list_t *host = mongoc_uri_get_hosts(uri);
+	if (host == NULL)
+		return "the servers";
+	for (; host != NULL; host = host->next)
+		if (host->family != AF_UNIX && !config_is_loopback(host->host))
+			return host->host;
+	return NULL;
+}
+
+/* What lets others read along or pose as MongoDB. */
+static void check_uri_privacy(struct config_loader *loader, const mongoc_uri_t *uri)
+{
+	static const char *const INSECURE[][2] = {
+	    {MONGOC_URI_TLSINSECURE, "tlsInsecure"},
+	    {MONGOC_URI_TLSALLOWINVALIDCERTIFICATES, "tlsAllowInvalidCertificates"},
+	    {MONGOC_URI_TLSALLOWINVALIDHOSTNAMES, "tlsAllowInvalidHostnames"},
+	};
+	const char *place = uri_place(loader), *remote = remote_host(uri);
+	const char *key = mongoc_uri_get_option_as_utf8(uri, MONGOC_URI_TLSCERTIFICATEKEYFILE, NULL);
+	if (mongoc_uri_get_password(uri) != NULL && !mongoc_uri_get_tls(uri) && remote != NULL)
+		config_warning(loader,
+		               "%s: what goes to %s is not encrypted, whoever is on the way can read the messages and "
+		               "try passwords "
+		               "at leisure; add tls=true to the URI",
+		               place, remote);
+	for (size_t i = 0; i < sizeof INSECURE / sizeof INSECURE[0]; i++)
+		if (mongoc_uri_get_option_as_bool(uri, INSECURE[i][0], false))
+			config_warning(loader,
+			               "%s: with %s in the URI whoever is on the way can pose as MongoDB; take it out "
+			               "and name the authority in tlsCAFile",
+			               place, INSECURE[i][1]);
+	if (key != NULL)
+		config_warn_if_readable(loader, place, "", key);
+}
+
 static void check_with_driver(struct config_loader *loader, const char *uri, bool quotable)
 {
 	bson_error_t error = {0};
@@ -191,8 +294,10 @@ static void check_with_driver(struct config_loader *loader, const char *uri, boo
 		             "%s: is not a valid connection string; it may hold a secret and is not shown, the "
 		             "form is mongodb://USER:PASSWORD@HOST:PORT/?OPTION=VALUE",
 		             uri_place(loader));
-	else
+	else {
 		check_uri_concern(loader, parsed);
+		check_uri_privacy(loader, parsed);
+	}
 	mongoc_uri_destroy(parsed);
 }
 
@@ -209,12 +314,11 @@ void config_check_uri(struct config_loader *loader)
 		             uri_place(loader));
 		return;
 	}
-	const char *rest = uri + (srv ? 14 : 10), *end = credentials_end(rest);
+	const char *rest = uri + (srv ? 14 : 10), *end = config_credentials_end(rest);
 	if (end != NULL && !check_credentials(loader, rest, end))
 		return;
 	char *harmless = harmless_copy(uri, rest, end), *shown = config_redact_uri(harmless);
-	bool secrets = strstr(shown, "=***") != NULL || (end == NULL && !is_host_list(rest)) ||
-	               strchr(end != NULL ? end + 1 : rest, '@') != NULL;
+	bool secrets = strstr(shown, "=***") != NULL || (end == NULL && !is_host_list(rest));
 	check_with_driver(loader, harmless, !secrets);
 	memory_wipe_free(harmless);
 	memory_wipe_free(shown);

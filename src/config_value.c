@@ -274,10 +274,12 @@ char *config_list_parse(const char *text, struct config_list *list)
 /* A string in the file is the default's name: one item must be a list too, so that a second can join it. */
 static char *parse_list(const struct config_entry *entry, enum config_kind kind, const char *text)
 {
-	if (kind == CONFIG_KIND_STRING && strcmp(text, entry->initial) != 0) {
+	const char *initial = entry->initial;
+	if (kind == CONFIG_KIND_STRING && (initial == NULL || strcmp(text, initial) != 0)) {
 		char *given = config_quote(text);
-		char *error =
-		    memory_format("%s is neither \"%s\" nor a list, write [%s]", given, entry->initial, given);
+		char *error = initial != NULL
+		                  ? memory_format("%s is neither \"%s\" nor a list, write [%s]", given, initial, given)
+		                  : memory_format("%s is not a list, write [%s]", given, given);
 		free(given);
 		return error;
 	}

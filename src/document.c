@@ -4,9 +4,11 @@
  */
 #include "document.h"
 
+#include "escape.h"
 #include "utf8.h"
 
 #include <stdio.h>
+#include <string.h>
 
 enum {
 	BSON_STRING_TYPE = 0x02,
@@ -89,25 +91,34 @@ static void put_binary_element(struct buffer *out, const char *name, const void 
 	buffer_append(out, bytes, length);
 }
 
-/* A string element from any bytes: what is not printable UTF-8 becomes \xNN; at most `most` characters of the text. */
+/* Append one character for people, or a byte that is none: what would mislead them becomes \xNN or \uNNNN. Returns the
+ * bytes of `text` used. */
+static size_t put_shown(struct buffer *out, const char *text, bool preview)
+{
+	const uint8_t *character = (const uint8_t *)text;
+	size_t step = utf8_character(character);
+	char escape[ESCAPE_SIZE] = "";
+	if (step == 0 || *character < 0x20 || *character == 0x7f)
+		snprintf(escape, sizeof escape, "\\x%02x", *character);
+	else if (preview)
+		escape_character(text, ESCAPE_TEXT, escape);
+	if (escape[0] != '\0')
+		buffer_append(out, escape, strlen(escape));
+	else
+		buffer_append(out, text, step);
+	return step > 0 ? step : 1;
+}
+
+/* A string element from any bytes, at most `most` characters of them: controls of ASCII and what is no UTF-8 become
+ * \xNN; in a preview, which is for terminals, the other controls as well (escape.h). */
 static void put_escaped_element(struct buffer *out, const char *name, const char *text, size_t length, size_t most)
 {
+	bool preview = strcmp(name, "preview") == 0;
 	put_name(out, BSON_STRING_TYPE, name);
 	size_t start = out->length;
 	put_int32(out, 0);
-	for (size_t at = 0; at < length && most > 0; most--) {
-		const uint8_t *character = (const uint8_t *)text + at;
-		size_t step = utf8_character(character);
-		if (step == 0 || *character < 0x20 || *character == 0x7f) {
-			char escape[5];
-			snprintf(escape, sizeof escape, "\\x%02x", *character);
-			buffer_append(out, escape, 4);
-			step = 1;
-		} else {
-			buffer_append(out, character, step);
-		}
-		at += step;
-	}
+	for (size_t at = 0; at < length && most > 0; most--)
+		at += put_shown(out, text + at, preview);
 	buffer_append_byte(out, 0);
 	put_uint32_at(out->data + start, (uint32_t)(out->length - start - 4));
 }

@@ -13,12 +13,14 @@
 #include "log.h"
 #include "memory.h"
 
+#include <arpa/inet.h>
 #include <errno.h>
 #include <microhttpd.h>
 #include <netinet/in.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <strings.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
@@ -32,8 +34,11 @@ enum {
 	BACKLOG = 128,
 	SHARE = 10,            /* serving takes at most one SHAREth of the time */
 	CREDIT_US = 20000,     /* but so much at once */
+	MISDIRECTED = 421,     /* RFC 9110 §15.5.20 */
 	COST_MOST_US = 100000, /* of one turn; longer, and the process was frozen or had no processor meanwhile */
 };
+
+static const char PLAIN[] = "text/plain; charset=utf-8";
 
 struct client {
 	struct client *next;
@@ -120,12 +125,85 @@ static void end_old_clients(struct http *http)
 
 /* ---- requests ---- */
 
-static bool is_path(const struct http *http, const char *url)
+static bool is_one_of(const char *const *paths, const char *url)
 {
-	for (const char *const *path = http->handler.paths; *path != NULL; path++)
-		if (strcmp(*path, url) == 0)
+	for (; *paths != NULL; paths++)
+		if (strcmp(*paths, url) == 0)
 			return true;
 	return false;
+}
+
+/* Behind the host there is nothing, or a port. */
+static bool is_port(const char *text)
+{
+	return text[0] == '\0' || (text[0] == ':' && text[1 + strspn(text + 1, "0123456789")] == '\0');
+}
+
+static bool is_bracketed_address(const char *host)
+{
+	struct in6_addr binary;
+	char address[INET6_ADDRSTRLEN];
+	size_t length = strcspn(host + 1, "]");
+	if (length >= sizeof address || host[1 + length] != ']' || !is_port(host + length + 2))
+		return false;
+	snprintf(address, sizeof address, "%.*s", (int)length, host + 1);
+	return inet_pton(AF_INET6, address, &binary) == 1;
+}
+
+/* The name without the dot that may end it. */
+static size_t name_length(const char *name)
+{
+	size_t length = strcspn(name, ":");
+	return length > 0 && name[length - 1] == '.' ? length - 1 : length;
+}
+
+static bool is_below(const char *name, size_t length, const char *domain)
+{
+	size_t tail = strlen(domain);
+	return length > tail && strncasecmp(name + length - tail, domain, tail) == 0;
+}
+
+bool http_knows_host(const char *host, const char *const *hosts, size_t host_count)
+{
+	struct in_addr binary;
+	char address[INET_ADDRSTRLEN] = "";
+	if (host == NULL)
+		return true;
+	if (host[0] == '[')
+		return is_bracketed_address(host);
+	size_t length = name_length(host);
+	if (!is_port(host + strcspn(host, ":")))
+		return false;
+	if (length < sizeof address)
+		snprintf(address, sizeof address, "%.*s", (int)length, host);
+	if (inet_pton(AF_INET, address, &binary) == 1 || strcasecmp(address, "localhost") == 0 ||
+	    is_below(host, length, ".localhost") || is_below(host, length, ".local"))
+		return true;
+	for (size_t i = 0; i < host_count; i++)
+		if (name_length(hosts[i]) == length && strncasecmp(hosts[i], host, length) == 0)
+			return true;
+	return false;
+}
+
+/* A request with two Hosts is for nobody. */
+struct hosts {
+	const char *first;
+	int count;
+};
+
+static enum MHD_Result see_header(void *context, enum MHD_ValueKind kind, const char *name, const char *value)
+{
+	struct hosts *hosts = context;
+	if (strcasecmp(name, MHD_HTTP_HEADER_HOST) == 0 && hosts->count++ == 0)
+		hosts->first = value != NULL ? value : "";
+	return MHD_YES;
+}
+
+static bool is_for_us(const struct http *http, struct MHD_Connection *connection)
+{
+	struct hosts hosts = {0};
+	MHD_get_connection_values(connection, MHD_HEADER_KIND, see_header, &hosts);
+	return hosts.count <= 1 && http_knows_host(hosts.first, http->handler.hosts, http->handler.host_count);
 }
 
 static void not_found(const struct http *http, struct http_answer *answer)
@@ -136,7 +214,16 @@ static void not_found(const struct http *http, struct http_answer *answer)
 		free(text);
 		text = more;
 	}
-	*answer = (struct http_answer){404, "text/plain; charset=utf-8", text};
+	*answer = (struct http_answer){404, PLAIN, text};
+}
+
+/* What was asked for is not repeated: it is a stranger's text. */
+static void misdirected(struct http_answer *answer)
+{
+	*answer = (struct http_answer){
+	    MISDIRECTED, PLAIN,
+	    memory_string("the name in this request's Host is not known here; ask by address or as "
+	                  "localhost, or add the name to http.hosts\n")};
 }
 
 static enum MHD_Result send_answer(struct MHD_Connection *connection, const struct http_answer *answer)
@@ -149,6 +236,8 @@ static enum MHD_Result send_answer(struct MHD_Connection *connection, const stru
 	}
 	MHD_add_response_header(response, MHD_HTTP_HEADER_CONTENT_TYPE, answer->content_type);
 	MHD_add_response_header(response, MHD_HTTP_HEADER_CACHE_CONTROL, "no-store");
+	MHD_add_response_header(response, "X-Content-Type-Options", "nosniff");
+	MHD_add_response_header(response, "Referrer-Policy", "no-referrer");
 	MHD_add_response_header(response, MHD_HTTP_HEADER_CONNECTION, "close");
 	if (answer->status == MHD_HTTP_METHOD_NOT_ALLOWED)
 		MHD_add_response_header(response, MHD_HTTP_HEADER_ALLOW, "GET, HEAD");
@@ -165,8 +254,10 @@ static enum MHD_Result on_request(void *context, struct MHD_Connection *connecti
 	struct http *http = context;
 	struct http_answer answer = {.status = 200};
 	if (strcmp(method, "GET") != 0 && strcmp(method, "HEAD") != 0)
-		answer = (struct http_answer){405, "text/plain; charset=utf-8", memory_string("only GET and HEAD\n")};
-	else if (is_path(http, url))
+		answer = (struct http_answer){405, PLAIN, memory_string("only GET and HEAD\n")};
+	else if (!is_one_of(http->handler.open, url) && !is_for_us(http, connection))
+		misdirected(&answer);
+	else if (is_one_of(http->handler.paths, url))
 		http->handler.answer(http->owner, url, &answer);
 	else
 		not_found(http, &answer);

@@ -23,9 +23,20 @@ struct http_answer {
 
 struct http_handler {
 	const char *const *paths; /* what there is, each with its slash; ends with NULL. Borrowed */
+	const char *const
+	    *open; /* those of them that are answered whatever name is asked for; ends with NULL. Borrowed */
+	const char *const *hosts; /* names to be known by, beside those of http_knows_host(). Borrowed */
+	size_t host_count;
 	/* A GET or HEAD of one of the paths. */
 	void (*answer)(void *owner, const char *path, struct http_answer *answer);
 };
+
+/*
+ * Is a request with this Host header for us? A page of a stranger can have its own name resolved to our address, and
+ * then ask us in its visitor's browser ("DNS rebinding"); only the Host tells. Addresses are known, localhost and names
+ * below it, names below local, and those of `hosts`; none at all (HTTP/1.0) too, for no browser leaves it out. Pure.
+ */
+bool http_knows_host(const char *host, const char *const *hosts, size_t host_count);
 
 /* Listen. `address` is a literal IPv4 or IPv6 address. NULL with `error` filled when that is not possible; then nothing
  * is left on the loop. */

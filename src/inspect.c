@@ -6,6 +6,7 @@
 #include "broker.h"
 #include "clock.h"
 #include "document.h"
+#include "escape.h"
 #include "log.h"
 #include "memory.h"
 #include "mqtt.h"
@@ -80,16 +81,19 @@ static void on_up(void *owner, const struct mqtt_granted *granted)
 	struct inspection *inspection = owner;
 	const struct config *config = inspection->config;
 	if (!inspection->dry_run)
-		printf("broker    ok: %s, MQTT %s, keepalive %d s, maximum QoS %d, takes %d messages unacknowledged\n",
-		       mqtt_address(inspection->mqtt), config->mqtt.protocol == 5 ? "5" : "3.1.1", granted->keepalive_s,
-		       granted->maximum_qos, granted->receive_maximum);
+		escape_print(
+		    stdout,
+		    "broker    ok: %s, MQTT %s, keepalive %d s, maximum QoS %d, takes %d messages unacknowledged",
+		    mqtt_address(inspection->mqtt), config->mqtt.protocol == 5 ? "5" : "3.1.1", granted->keepalive_s,
+		    granted->maximum_qos, granted->receive_maximum);
 	if (!inspection->dry_run && !(config->role & CONFIG_ROLE_CONSUMER)) {
 		end(inspection, 0);
 		return;
 	}
 	if (!inspection->dry_run && config_shares(&config->consumer) && !granted->shares) {
-		printf("broker    failed: it takes no shared subscriptions; set consumer.connections 1 and no "
-		       "consumer.share\n");
+		escape_print(stdout,
+		             "broker    failed: it takes no shared subscriptions; set consumer.connections 1 and no "
+		             "consumer.share");
 		end(inspection, 1);
 		return;
 	}
@@ -123,14 +127,15 @@ static void print_warnings(const struct inspection *inspection)
 {
 	const struct config_mqtt *config = &inspection->config->mqtt;
 	if (inspection->loses_shares)
-		printf("broker    warning: mosquitto before 2.0.12, unless patched, loses messages of shared "
-		       "subscriptions when a session is resumed\n");
+		escape_print(stdout, "broker    warning: mosquitto before 2.0.12, unless patched, loses messages of "
+		                     "shared subscriptions when a session is resumed");
 	if (inspection->retained > retained_most(config))
-		printf(
+		escape_print(
+		    stdout,
 		    "broker    warning: it holds %llu retained messages; of those that the first subscription matches "
 		    "a "
 		    "mosquitto with default settings sends %llu and drops the rest without a word: before the service "
-		    "starts for the first time, set max_queued_messages in mosquitto.conf to more than that\n",
+		    "starts for the first time, set max_queued_messages in mosquitto.conf to more than that",
 		    (unsigned long long)inspection->retained, (unsigned long long)retained_most(config));
 }
 
@@ -159,17 +164,18 @@ static void on_subscribed(void *owner, int reason)
 		return;
 	}
 	if (reason >= 0x80) {
-		printf("subscribe failed: the broker refuses %s (reason 0x%02x); check its access rules\n", filter,
-		       (unsigned)reason);
+		escape_print(stdout, "subscribe failed: the broker refuses %s (reason 0x%02x); check its access rules",
+		             filter, (unsigned)reason);
 		end(inspection, 1);
 	} else if (inspection->dry_run) {
-		fprintf(stderr,
-		        "dry run: printing what would be stored from %s; nothing is stored or acknowledged. Messages "
-		        "already "
-		        "queued for the service are not shown. Ctrl-C ends it\n",
-		        filter);
+		escape_print(
+		    stderr,
+		    "dry run: printing what would be stored from %s; nothing is stored or acknowledged. Messages "
+		    "already "
+		    "queued for the service are not shown. Ctrl-C ends it",
+		    filter);
 	} else {
-		printf("subscribe ok: %s at QoS %d\n", filter, reason);
+		escape_print(stdout, "subscribe ok: %s at QoS %d", filter, reason);
 		ask_more(inspection, reason);
 	}
 }
@@ -187,7 +193,10 @@ static void print_document(const struct buffer *bytes, const char *collection)
 	if (!bson_init_static(&document, bytes->data, bytes->length))
 		abort(); /* we wrote it */
 	char *text = bson_as_canonical_extended_json(&document, NULL);
-	printf("%s %s\n", collection, text != NULL ? text : "(cannot be printed)");
+	escape_print_lines(stdout, collection);
+	escape_print_lines(stdout, " ");
+	escape_print_lines(stdout, text != NULL ? text : "(cannot be printed)");
+	escape_print_lines(stdout, "\n");
 	bson_free(text);
 }
 
@@ -294,12 +303,14 @@ static int inspect_broker(struct inspection *inspection, const struct mqtt_handl
 static void describe_spool(const struct config_spool *config)
 {
 	if (config->max_size == 0)
-		printf(
-		    "would     hold what MongoDB does not take, and hand it back to the broker: spool.max_size is 0\n");
+		escape_print(
+		    stdout,
+		    "would     hold what MongoDB does not take, and hand it back to the broker: spool.max_size is 0");
 	else
-		printf("would     keep what MongoDB does not take within %lld ms in %s, at most %lld MiB%s\n",
-		       (long long)config->after_ms, config->path, (long long)(config->max_size >> 20),
-		       config->max_size_set ? "" : " and a quarter of the free disk space");
+		escape_print(stdout,
+		             "would     keep what MongoDB does not take within %lld ms in %s, at most %lld MiB%s",
+		             (long long)config->after_ms, config->path, (long long)(config->max_size >> 20),
+		             config->max_size_set ? "" : " and a quarter of the free disk space");
 }
 
 static int inspect_database(const struct config *config)
@@ -314,28 +325,32 @@ static int inspect_database(const struct config *config)
 	bool broken = fault != NULL && config->consumer.id.count > 0;
 	store_write_concern_text(store, concern, sizeof concern);
 	if (answers && !may_write)
-		printf("database  failed: %s, %s, but the user may not insert into %s.%s and %s.%s%s; it needs the "
-		       "role readWrite on %s\n",
-		       uri, text, config->mongodb.database, config->consumer.collection, config->mongodb.database,
-		       config->consumer.dead_letter,
-		       config->consumer.id.count > 0 ? ", or not read the first, which consumer.id asks for" : "",
-		       config->mongodb.database);
+		escape_print(
+		    stdout,
+		    "database  failed: %s, %s, but the user may not insert into %s.%s and %s.%s%s; it needs the "
+		    "role readWrite on %s",
+		    uri, text, config->mongodb.database, config->consumer.collection, config->mongodb.database,
+		    config->consumer.dead_letter,
+		    config->consumer.id.count > 0 ? ", or not read the first, which consumer.id asks for" : "",
+		    config->mongodb.database);
 	else if (broken)
-		printf("database  failed: %s, %s, but %s.%s %s\n", uri, text, config->mongodb.database,
-		       config->consumer.collection, fault);
+		escape_print(stdout, "database  failed: %s, %s, but %s.%s %s", uri, text, config->mongodb.database,
+		             config->consumer.collection, fault);
 	else if (answers)
-		printf("database  ok: %s, %s\n", uri, text);
+		escape_print(stdout, "database  ok: %s, %s", uri, text);
 	else
-		printf("database  failed: %s: %s\n", uri, report.message);
+		escape_print(stdout, "database  failed: %s: %s", uri, report.message);
 	if (fault != NULL && !broken)
-		printf("database  warning: %s.%s %s\n", config->mongodb.database, config->consumer.collection, fault);
-	printf("would     store %s into %s.%s, what is not valid JSON into %s.%s, and acknowledge after %s\n",
-	       config->consumer.topic, config->mongodb.database, config->consumer.collection, config->mongodb.database,
-	       config->consumer.dead_letter, concern);
+		escape_print(stdout, "database  warning: %s.%s %s", config->mongodb.database,
+		             config->consumer.collection, fault);
+	escape_print(stdout,
+	             "would     store %s into %s.%s, what is not valid JSON into %s.%s, and acknowledge after %s",
+	             config->consumer.topic, config->mongodb.database, config->consumer.collection,
+	             config->mongodb.database, config->consumer.dead_letter, concern);
 	if (config_shares(&config->consumer))
-		printf("would     be %d connection%s of the share group %s\n", config->consumer.connections,
-		       config->consumer.connections > 1 ? "s" : "",
-		       config->consumer.share != NULL ? config->consumer.share : "named as the client id");
+		escape_print(stdout, "would     be %d connection%s of the share group %s", config->consumer.connections,
+		             config->consumer.connections > 1 ? "s" : "",
+		             config->consumer.share != NULL ? config->consumer.share : "named as the client id");
 	describe_spool(&config->spool);
 	free(uri);
 	store_destroy(store);
@@ -344,18 +359,20 @@ static int inspect_database(const struct config *config)
 
 int inspect_check(const struct config *config)
 {
-	printf("config    ok%s%s\n", config->file != NULL ? ": " : "", config->file != NULL ? config->file : "");
+	escape_print(stdout, "config    ok%s%s", config->file != NULL ? ": " : "",
+	             config->file != NULL ? config->file : "");
 	struct inspection inspection = {.config = config};
 	int broker = inspect_broker(&inspection, &check_handler);
 	if (inspection.interrupted)
 		return 1;
 	if (broker != 0)
-		printf("broker    failed: see above\n");
+		escape_print(stdout, "broker    failed: see above");
 	if (config->role & CONFIG_ROLE_PUBLISHER)
-		printf("would     publish to %s, %g messages a second at QoS %d\n", config->publisher.topic,
-		       config->publisher.rate, config->publisher.qos);
+		escape_print(stdout, "would     publish to %s, %g messages a second at QoS %d", config->publisher.topic,
+		             config->publisher.rate, config->publisher.qos);
 	if (config->http.enabled)
-		printf("would     answer /metrics, /healthz, /readyz and /status.json on %s\n", config->http.listen);
+		escape_print(stdout, "would     answer /metrics, /healthz, /readyz and /status.json on %s",
+		             config->http.listen);
 	int database = config->role & CONFIG_ROLE_CONSUMER ? inspect_database(config) : 0;
 	return broker != 0 || database != 0 ? 1 : 0;
 }
@@ -364,8 +381,8 @@ int inspect_dry_run(const struct config *config)
 {
 	struct inspection inspection = {.config = config, .dry_run = true};
 	int exit_code = inspect_broker(&inspection, &dry_run_handler);
-	fprintf(stderr, "dry run: %llu documents, %llu dead letters\n", (unsigned long long)inspection.documents,
-	        (unsigned long long)inspection.dead_letters);
+	escape_print(stderr, "dry run: %llu documents, %llu dead letters", (unsigned long long)inspection.documents,
+	             (unsigned long long)inspection.dead_letters);
 	batch_finish(&inspection.batch);
 	buffer_finish(&inspection.document);
 	return exit_code;

@@ -14,6 +14,7 @@
 #include "log.h"
 
 #include "clock.h"
+#include "escape.h"
 #include "utf8.h"
 
 #include <errno.h>
@@ -32,7 +33,6 @@ enum {
 	LINE_SIZE = 4096,  /* a line with its line feed */
 	ROOM_SIZE = 64,    /* a longer name of a room is cut */
 	STATUS_SIZE = 512, /* the status as it is drawn */
-	ESCAPED_SIZE = 8,  /* the longest escape of one character, with its NUL */
 	TAIL_SIZE = 8,     /* kept free for what ends a line: "…" and "}\n" */
 	REPEAT_MS = 60000, /* the same complaint again after this */
 	STALLED_MS = 100,  /* the longest wait for a full non-blocking descriptor; then the line is lost */
@@ -94,38 +94,21 @@ static void write_out(const char *bytes, size_t length)
 	}
 }
 
-/* Write the escape of the first byte of `text`, which is a control character or no UTF-8. */
-static void escape_byte(char escaped[ESCAPED_SIZE], unsigned char byte, bool json)
-{
-	const char *slash = json ? "\\\\" : "\\";
-	if (byte == '\n' || byte == '\r' || byte == '\t')
-		snprintf(escaped, ESCAPED_SIZE, "\\%c", byte == '\n' ? 'n' : byte == '\r' ? 'r' : 't');
-	else if (json && byte < 0x20)
-		snprintf(escaped, ESCAPED_SIZE, "\\u%04x", byte);
-	else
-		snprintf(escaped, ESCAPED_SIZE, "%sx%02x", slash, byte);
-}
-
 /* Append one character of `text`, escaped where needed. Returns the bytes of `text` used, 0 when the line is full. */
-static size_t put_character(struct line *line, const unsigned char *text, bool json)
+static size_t put_character(struct line *line, const char *text, bool json)
 {
-	char escaped[ESCAPED_SIZE];
-	size_t length = utf8_character(text);
-	if (length != 0 && !utf8_is_control(text)) {
-		bool quoted = json && (text[0] == '"' || text[0] == '\\');
-		char pair[] = {'\\', (char)text[0]};
-		return put(line, quoted ? pair : (const char *)text, quoted ? 2 : length) ? length : 0;
-	}
-	escape_byte(escaped, text[0], json);
-	return put(line, escaped, strlen(escaped)) ? 1 : 0;
+	char escaped[ESCAPE_SIZE];
+	size_t used = escape_character(text, json ? ESCAPE_STRING : ESCAPE_TEXT, escaped);
+	bool plain = escaped[0] == '\0';
+	return put(line, plain ? text : escaped, plain ? used : strlen(escaped)) ? used : 0;
 }
 
 /* Append `text` escaped; mark with "…" what did not fit or what `cut` says was missing before. */
 static void put_escaped(struct line *line, const char *text, bool json, bool cut)
 {
-	const unsigned char *next = (const unsigned char *)text;
+	const char *next = text;
 	line->size -= TAIL_SIZE;
-	while (*next != 0 && !(cut && strnlen((const char *)next, 4) < 4 && utf8_character(next) == 0)) {
+	while (*next != 0 && !(cut && strnlen(next, 4) < 4 && utf8_character((const uint8_t *)next) == 0)) {
 		size_t used = put_character(line, next, json);
 		if (used == 0)
 			break;
@@ -149,9 +132,9 @@ static void put_literal(struct line *line, const char *text)
 }
 
 /* Fill `line` with the whole line. The room is ours, short and clean; it is escaped all the same. */
-static void build_line(struct line *line, enum log_level level, const char *room, const char *message, bool cut)
+static void build_line(struct line *line, bool json, enum log_level level, const char *room, const char *message,
+                       bool cut)
 {
-	bool json = line_format == LOG_FORMAT_JSON;
 	put_literal(line, json ? "{\"time\":\"" : "");
 	put_time(line);
 	put_literal(line, json ? "\",\"level\":\"" : " ");
@@ -190,9 +173,17 @@ static void emit(enum log_level level, const char *room, const char *message, bo
 	int saved = errno;
 	char bytes[LINE_SIZE];
 	struct line line = {.bytes = bytes, .size = sizeof bytes};
-	build_line(&line, level, room, message, cut);
+	build_line(&line, line_format == LOG_FORMAT_JSON, level, room, message, cut);
 	send_line(&line);
 	errno = saved;
+}
+
+void log_print(FILE *out, enum log_format format, enum log_level level, const char *room, const char *message)
+{
+	char bytes[LINE_SIZE];
+	struct line line = {.bytes = bytes, .size = sizeof bytes};
+	build_line(&line, format == LOG_FORMAT_JSON, level, room, message, false);
+	fwrite(bytes, 1, line.length, out);
 }
 
 void log_write(enum log_level level, const char *room, const char *format, ...)
@@ -300,4 +291,16 @@ void log_status(const char *text)
 	else
 		emit(LOG_LEVEL_INFO, "status", text, false);
 	errno = saved;
+}
+
+/* What assert() calls in this process, whichever library has it: libmosquitto's end it at some packets of a broker.
+ * glibc's own would write a line in a form of its own. */
+_Noreturn void log_assertion(const char *condition, const char *file, unsigned line,
+                             const char *function) __asm__("__assert_fail");
+
+_Noreturn void log_assertion(const char *condition, const char *file, unsigned line, const char *function)
+{
+	log_error("service", "assertion failed: %s, in %s at %s:%u; nothing unacknowledged is lost, please report this",
+	          condition, function != NULL ? function : "a function", file, line);
+	abort();
 }

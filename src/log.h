@@ -9,6 +9,7 @@
 
 #include <stdbool.h>
 #include <stdint.h>
+#include <stdio.h>
 
 enum log_level { LOG_LEVEL_DEBUG, LOG_LEVEL_INFO, LOG_LEVEL_WARN, LOG_LEVEL_ERROR };
 enum log_format { LOG_FORMAT_TEXT, LOG_FORMAT_JSON };
@@ -21,10 +22,14 @@ bool log_enabled(enum log_level level);
 
 /*
  * Write one line. `room` names the part of the service ("mqtt", "store", …), the message is lower case
- * without a full stop. Control characters, quotes (JSON) and invalid UTF-8 in the message are escaped,
- * so that bytes from the network cannot forge a line. Lines above 4 KiB are cut.
+ * without a full stop. It is escaped (escape.h), so that bytes from the network cannot forge a line or reach a
+ * terminal. Lines above 4 KiB are cut.
  */
 void log_write(enum log_level level, const char *room, const char *format, ...) __attribute__((format(printf, 3, 4)));
+
+/* Print the line that log_write() would write if the log had this form, whatever its level: for who speaks before
+ * log_configure(). */
+void log_print(FILE *out, enum log_format format, enum log_level level, const char *room, const char *message);
 
 #define log_debug(room, ...) log_write(LOG_LEVEL_DEBUG, room, __VA_ARGS__)
 #define log_info(room, ...)  log_write(LOG_LEVEL_INFO, room, __VA_ARGS__)

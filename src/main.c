@@ -9,8 +9,11 @@
 
 #include <malloc.h>
 #include <signal.h>
+#include <stdbool.h>
 #include <stdio.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 extern char **environ;
@@ -34,6 +37,27 @@ static void prepare_process(void)
 	shm_unlink(counters);
 	signal(SIGUSR1, SIG_IGN);
 	signal(SIGHUP, SIG_IGN);
+}
+
+/*
+ * A core dump would hold both passwords and what is on its way, in a file that others may get to see. Not being
+ * dumpable keeps it from those too whom a limit does not concern, such as systemd-coredump; and other processes of the
+ * same user from reading our memory. This comes before the first secret is read; `limit` is what the limit was.
+ */
+static void forbid_core_dumps(struct rlimit *limit)
+{
+	prctl(PR_SET_DUMPABLE, 0);
+	getrlimit(RLIMIT_CORE, limit);
+	setrlimit(RLIMIT_CORE, &(struct rlimit){.rlim_cur = 0, .rlim_max = limit->rlim_max});
+}
+
+/* Whoever asks for them gets as much of them as the system allows. */
+static void settle_core_dumps(bool wanted, const struct rlimit *limit)
+{
+	rlim_t most = wanted ? limit->rlim_max : 0;
+	setrlimit(RLIMIT_CORE, &(struct rlimit){.rlim_cur = most, .rlim_max = most});
+	if (wanted)
+		prctl(PR_SET_DUMPABLE, 1);
 }
 
 static int run(const struct config *config)
@@ -61,10 +85,13 @@ static int run(const struct config *config)
 
 int main(int argc, char **argv)
 {
+	struct rlimit core_limit;
+	forbid_core_dumps(&core_limit);
 	prepare_process();
 	struct config config;
 	enum config_action action = config_load(&config, argc, argv, environ, stdout, stderr);
 	int exit_code = 0;
+	settle_core_dumps(config.core_dumps, &core_limit);
 	log_configure(config.log_level, config.log_format);
 	switch (action) {
 	case CONFIG_RUN:

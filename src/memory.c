@@ -2,6 +2,8 @@
 #define _GNU_SOURCE
 #include "memory.h"
 
+#include "log.h"
+
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -9,10 +11,11 @@
 
 static _Noreturn void out_of_memory(size_t size)
 {
-	fprintf(stderr,
-	        "mqtt2mongo: out of memory (%zu bytes wanted); nothing unacknowledged is lost, "
-	        "give the service more memory or smaller batches\n",
-	        size);
+	/* The log takes no memory. */
+	log_error("memory",
+	          "out of memory (%zu bytes wanted); nothing unacknowledged is lost, give the service more memory or "
+	          "smaller batches",
+	          size);
 	abort();
 }
 

@@ -11,6 +11,7 @@
 
 #include "batch.h"
 #include "document.h"
+#include "escape.h"
 #include "log.h"
 #include "metrics.h"
 #include "store.h"
@@ -321,7 +322,9 @@ static void print_result(const struct replay *replay)
 	           DOCUMENT_LETTERS - DOCUMENT_LETTER_TRUNCATED, kind_name);
 	bool json = replay->config->log_format == LOG_FORMAT_JSON;
 	char *text = json ? cJSON_PrintUnformatted(root) : metrics_text(root);
-	printf("%s%s", text, json ? "\n" : "");
+	escape_print_lines(stdout, text);
+	if (json)
+		escape_print_lines(stdout, "\n");
 	fflush(stdout);
 	free(text);
 	cJSON_Delete(root);

@@ -7,6 +7,7 @@
 #include "clock.h"
 #include "consumer.h"
 #include "count_check.h"
+#include "escape.h"
 #include "health.h"
 #include "http.h"
 #include "log.h"
@@ -122,7 +123,7 @@ static void print_sums(struct service *service)
 	char *sums = metrics_sums(service->consumer_ran ? &service->consumer_counters : NULL,
 	                          service->publisher_ran ? &service->publisher_counters : NULL, &service->lag,
 	                          service->config->log_format == LOG_FORMAT_JSON);
-	fputs(sums, stdout);
+	escape_print_lines(stdout, sums);
 	fflush(stdout);
 	free(sums);
 }
@@ -162,6 +163,8 @@ static void show_status(uv_timer_t *timer)
 /* ---- what http.listen tells ---- */
 
 static const char *const http_paths[] = {"/metrics", "/healthz", "/readyz", "/status.json", NULL};
+/* Prometheus and the probes of orchestrators ask by whatever name the service has there. */
+static const char *const http_open_paths[] = {"/metrics", "/healthz", "/readyz", NULL};
 
 static uint64_t cpu_us(void)
 {
@@ -229,8 +232,12 @@ static void answer_http(void *owner, const char *path, struct http_answer *answe
 
 static bool start_http(struct service *service, char *error, size_t error_size)
 {
-	static const struct http_handler handler = {.paths = http_paths, .answer = answer_http};
 	const struct config *config = service->config;
+	struct http_handler handler = {.paths = http_paths,
+	                               .open = http_open_paths,
+	                               .hosts = (const char *const *)config->http.hosts.items,
+	                               .host_count = config->http.hosts.count,
+	                               .answer = answer_http};
 	if (!config->http.enabled)
 		return true;
 	service->http =

@@ -6,6 +6,7 @@
  */
 #define _GNU_SOURCE
 #include "clock.h"
+#include "escape.h"
 #include "log.h"
 #include "memory.h"
 #include "spool.h"
@@ -18,6 +19,7 @@
 #include <inttypes.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/stat.h>
 
 enum {
@@ -148,21 +150,19 @@ static bool query_view(struct view *view)
 
 static void print_text(const struct view *view)
 {
-	char oldest[64];
-	if (view->missing)
-		printf("no spool at %s\n", view->config->path);
-	else
-		printf("spool     %s\n", view->config->path);
-	printf("messages  %" PRId64 "\nbytes     %" PRId64, view->messages, view->bytes);
+	char oldest[64], most[32] = "";
+	escape_print(stdout, "%s%s", view->missing ? "no spool at " : "spool     ", view->config->path);
+	escape_print(stdout, "messages  %" PRId64, view->messages);
 	if (view->config->max_size_set)
-		printf(" of %" PRId64, view->config->max_size);
-	putchar('\n');
+		snprintf(most, sizeof most, " of %" PRId64, view->config->max_size);
+	escape_print(stdout, "bytes     %" PRId64 "%s", view->bytes, most);
 	if (view->messages > 0) {
 		clock_format(view->oldest_ms, oldest, sizeof oldest);
-		printf("oldest    %s, %" PRId64 " s ago\n", oldest, (clock_wall_ms() - view->oldest_ms) / 1000);
+		escape_print(stdout, "oldest    %s, %" PRId64 " s ago", oldest,
+		             (clock_wall_ms() - view->oldest_ms) / 1000);
 	}
 	if (view->damaged > 0)
-		printf("damaged   %" PRId64 ", kept in the table damaged of that file\n", view->damaged);
+		escape_print(stdout, "damaged   %" PRId64 ", kept in the table damaged of that file", view->damaged);
 }
 
 static void print_json(const struct view *view)
@@ -180,8 +180,10 @@ static void print_json(const struct view *view)
 		cJSON_AddStringToObject(spool, "oldest", oldest);
 	cJSON_AddNumberToObject(spool, "damaged", (double)view->damaged);
 	char *text = cJSON_PrintUnformatted(tree);
-	if (text != NULL)
-		puts(text);
+	if (text != NULL) {
+		escape_print_lines(stdout, text);
+		escape_print_lines(stdout, "\n");
+	}
 	cJSON_free(text);
 	cJSON_Delete(tree);
 }
@@ -271,7 +273,8 @@ static int print_some(sqlite3_stmt *statement, int64_t *after, struct buffer *ou
 			++*damaged;
 	}
 	sqlite3_reset(statement);
-	fwrite(out->data, 1, out->length, stdout);
+	buffer_append_byte(out, 0);
+	escape_print_lines(stdout, (const char *)out->data);
 	return code;
 }
 

@@ -60,4 +60,19 @@ static inline bool utf8_is_control(const uint8_t *at)
 	return at[0] < 0x20 || at[0] == 0x7f || (at[0] == 0xc2 && at[1] < 0xa0);
 }
 
+/* What does something to a terminal, or to the text around it, instead of being shown: the controls; the characters of
+ * direction (U+061C, U+200E, U+200F, U+202A to U+202E, U+2066 to U+206F), which can make a line read as another; and
+ * the separators of lines (U+2028, U+2029). `at` is a well-formed character. */
+static inline bool utf8_misleads(const uint8_t *at)
+{
+	if (at[0] < 0x80 || at[0] == 0xc2)
+		return utf8_is_control(at);
+	if (at[0] == 0xd8)
+		return at[1] == 0x9c;
+	if (at[0] != 0xe2 || (at[1] != 0x80 && at[1] != 0x81))
+		return false;
+	return at[1] == 0x80 ? at[2] == 0x8e || at[2] == 0x8f || (at[2] >= 0xa8 && at[2] <= 0xae)
+	                     : at[2] >= 0xa6 && at[2] <= 0xaf;
+}
+
 #endif

@@ -19,6 +19,7 @@ from oracle import SUBSCRIBED, pause, scaled
 from processes import accepts, free_port, wait_until
 
 LIMIT = 32
+OPEN_TO_LOOK = {"core_dumps": "true"}  # else only root sees its descriptors in /proc
 
 
 def descriptors(process):
@@ -48,7 +49,7 @@ def break_everything(it, stream, times):
 @pytest.mark.timeout(scaled(150, 600))
 def test_32_descriptors(scene):
     port = free_port()
-    it = scene(start=False, **{"http.listen": f"127.0.0.1:{port}"})
+    it = scene(start=False, **{"http.listen": f"127.0.0.1:{port}"}, **OPEN_TO_LOOK)
     it.running.limits = {resource.RLIMIT_NOFILE: LIMIT}
     it.start()
     assert resource.prlimit(it.running.pid, resource.RLIMIT_NOFILE)[0] == LIMIT
@@ -114,7 +115,7 @@ def test_fewer_than_a_loop_needs(scene, limit):
 
 @pytest.mark.timeout(scaled(120, 600))
 def test_none_is_left_open(scene):
-    it = scene()
+    it = scene(**OPEN_TO_LOOK)
     with it.stream(pace=1000) as stream:
         break_everything(it, stream, 1)
         before = descriptors(it.running)

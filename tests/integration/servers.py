@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import quote
 
 import pymongo
 
@@ -180,14 +181,16 @@ class Mongod(Process):
     auth         user "tester", password "secret" or `password` (in the URI); nothing goes without
     failpoints   the test commands too: configureFailPoint makes the server fail or stall on demand
     extra        further arguments
+    set_name     of the replica set
 
     uri          what the service gets;  client()  a pymongo client of the test's own
     """
 
     USER, PASSWORD = "tester", "secret"
 
-    def __init__(self, directory, *, auth=False, password=None, failpoints=True, extra=()):
+    def __init__(self, directory, *, auth=False, password=None, failpoints=True, extra=(), set_name="rs0"):
         super().__init__("mongod", directory)
+        self.set_name = set_name
         self.auth, self.failpoints, self.extra = auth, failpoints, list(extra)
         self.PASSWORD = password or self.PASSWORD
         self.port = None
@@ -207,7 +210,7 @@ class Mongod(Process):
     @property
     def uri(self):
         user = f"{self.USER}:{self.PASSWORD}@" if self.auth else ""
-        return f"mongodb://{user}127.0.0.1:{self.port}/?replicaSet=rs0"
+        return f"mongodb://{user}127.0.0.1:{self.port}/?replicaSet={quote(self.set_name)}"
 
     def client(self, **options):
         """A pymongo client; closed with the server. It gives up finding the server after 5 s."""
@@ -218,7 +221,7 @@ class Mongod(Process):
     def launch(self):
         """Start (again), wait until it accepts connections."""
         def argv(port):
-            arguments = [_program("MQTT2MONGO_MONGOD", "mongod"), "--replSet", "rs0", "--bind_ip", "127.0.0.1", "--port", port,
+            arguments = [_program("MQTT2MONGO_MONGOD", "mongod"), "--replSet", self.set_name, "--bind_ip", "127.0.0.1", "--port", port,
                          "--dbpath", self.data, "--nounixsocket", "--wiredTigerCacheSizeGB", "0.25", "--oplogSize", "64"]
             for parameter in ["ttlMonitorEnabled=false", "diagnosticDataCollectionEnabled=false",
                               *(["enableTestCommands=1"] if self.failpoints else [])]:
@@ -243,7 +246,7 @@ class Mongod(Process):
     def _initiate(self):
         with pymongo.MongoClient("127.0.0.1", self.port, directConnection=True, serverSelectionTimeoutMS=10000) as client:
             members = [{"_id": 0, "host": f"127.0.0.1:{self.port}"}]
-            client.admin.command("replSetInitiate", {"_id": "rs0", "members": members})
+            client.admin.command("replSetInitiate", {"_id": self.set_name, "members": members})
             if self.auth:
                 self.create_user(client)
 

@@ -5,6 +5,7 @@ And the one order that everything stands on: PUBACK after mongod's answer, seen 
 """
 
 import re
+import signal
 import struct
 import subprocess
 import time
@@ -178,6 +179,16 @@ def test_another_client_with_the_same_id(consumer, mosquitto, fresh_mongod, prot
     assert "client id" in said
     mongod.sigcont()
     _assert_stops(process)
+
+
+def test_a_property_that_does_not_exist(consumer):
+    """libmosquitto 2.0.11 fails an assertion of its own; nothing can be done but to say so as everything is said. Later ones do not."""
+    with peers.Peer(peers.answer(b"\x20\x05\x00\x00\x02\x7d\x00")) as peer:
+        running = consumer(peer.port).start()
+        wait_until(lambda: not running.alive or _complaints(running), 10, "it says something, or ends")
+        assert not [record for record in running.records if record["level"] == "?"], running.log
+        if not running.alive:
+            assert running.popen.returncode == -signal.SIGABRT and "assertion failed: mosq" in _complaints(running)[-1]
 
 
 def test_backoff_grows(consumer):

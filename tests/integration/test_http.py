@@ -21,6 +21,8 @@ from service import BUILD, check_sums
 
 PATHS = ("/metrics", "/healthz", "/readyz", "/status.json")
 CONNACK = b"\x20\x03\x00\x00\x00"
+# Else only root sees its descriptors in /proc, and these tests may run as somebody else.
+OPEN_TO_LOOK = {"core_dumps": "true"}
 AGE_MOST = 10  # seconds a connection may last
 
 
@@ -40,6 +42,22 @@ def request(port, path, method="GET", *, body=None, host="127.0.0.1", timeout=5)
         connection.request(method, path, body)
         response = connection.getresponse()
         return Answer(response.status, {name.lower(): value for name, value in response.getheaders()}, response.read().decode())
+
+
+def check_guarded(answer):
+    """A browser takes it for nothing but what it is, and tells nobody where it has been."""
+    assert answer.headers["x-content-type-options"] == "nosniff" and answer.headers["referrer-policy"] == "no-referrer"
+
+
+def ask(port, path, *hosts, version="1.1"):
+    """GET with these Host headers, as they are: the Answer."""
+    with socket.create_connection(("127.0.0.1", port), timeout=5 * TIME_FACTOR) as connection:
+        lines = [f"GET {path} HTTP/{version}", *(f"Host: {host}" for host in hosts), "", ""]
+        connection.sendall("\r\n".join(lines).encode())
+        answer = b"".join(iter(lambda: connection.recv(65536), b"")).decode()
+    head, _, text = answer.partition("\r\n\r\n")
+    status, *headers = head.split("\r\n")
+    return Answer(int(status.split()[1]), {name.lower(): value for name, value in (line.split(": ", 1) for line in headers)}, text)
 
 
 _SAMPLE = re.compile(r'(?P<name>[a-zA-Z_:][a-zA-Z0-9_:]*)(?:\{(?P<labels>(?:[a-z_]+="(?:[^"\\\n]|\\["\\n])*",?)*)\})? (?P<value>\S+)')
@@ -149,7 +167,7 @@ def watched(service, mosquitto, mongod, database):
 
 
 def test_off_unless_asked_for(service, mosquitto, mongod, database):
-    running = service(broker=mosquitto(), mongod=mongod, database=database)
+    running = service(broker=mosquitto(), mongod=mongod, database=database, settings=OPEN_TO_LOOK)
     running.wait_log("subscribed to")
     assert listeners(running) == []
     assert "broker: connected" not in running.log
@@ -157,7 +175,7 @@ def test_off_unless_asked_for(service, mosquitto, mongod, database):
 
 
 def test_every_path(watched):
-    running = watched(**{"publisher.rate": "500/s"})
+    running = watched(**{"publisher.rate": "500/s"}, **OPEN_TO_LOOK)
     running.wait_stored(200)
     assert listeners(running) == [("0100007F", running.http_port)]
     types = {"/metrics": "text/plain; version=0.0.4; charset=utf-8"}
@@ -167,6 +185,7 @@ def test_every_path(watched):
             assert answer.status == 200
             assert answer.headers["content-type"] == types.get(path, "application/json")
             assert answer.headers["cache-control"] == "no-store" and answer.headers["connection"] == "close"
+            check_guarded(answer)
             assert int(answer.headers["content-length"]) == len(answer.text.encode())
             assert answer.text.endswith("\n")
         head = request(running.http_port, path, "HEAD")
@@ -177,6 +196,7 @@ def test_every_path(watched):
     for path in ("/", "/metrics/", "/metric", "/METRICS", "/../metrics", "//metrics", "/%00", "/%e9", "/metrics%2f"):
         answer = request(running.http_port, path)
         assert answer.status == 404 and all(known in answer.text for known in PATHS), path
+        check_guarded(answer)
     for method in ("POST", "PUT", "DELETE", "OPTIONS", "TRACE", "PATCH", "CONNECT", "NONSENSE"):
         for body in (None, b"x" * 10, b"x" * 100000):
             try:
@@ -185,6 +205,7 @@ def test_every_path(watched):
                 assert body is not None and len(body) > 10
                 continue
             assert answer.status == 405 and answer.headers["allow"] == "GET, HEAD", method
+            check_guarded(answer)
     with_body = request(running.http_port, "/healthz", "GET", body=b"x" * 10)
     assert with_body.status == 200
     running.stop()
@@ -403,6 +424,32 @@ def test_a_frozen_mongodb_does_not_freeze_the_answers(watched, fresh_mongod):
     running.stop()
 
 
+# ---- by which name it is asked
+
+
+def test_a_page_of_a_stranger_reads_nothing(watched):
+    """Its name resolves to our address; all that tells is the Host. What Prometheus and probes ask for, they may ask for by any."""
+    running = watched(role="consumer", **{"http.hosts": "status.example.org,Plant7"})
+    port = running.http_port
+    for host in (f"127.0.0.1:{port}", "127.0.0.1", "localhost", f"LocalHost.:{port}", "[::1]", f"[::1]:{port}", "pi.local", "x.localhost:1",
+                 "STATUS.example.org", f"plant7.:{port}"):
+        assert ask(port, "/status.json", host).json["ready"] in (True, False), host
+    assert ask(port, "/status.json", version="1.0").status == 200, "no browser leaves the Host out"
+    for hosts in (["rebound.example"], [f"rebound.example:{port}"], ["127.0.0.1.rebound.example"], [""], ["[::1"], ["2130706433"],
+                  ["localhost:x"], ["status.example.org.rebound.example"]):
+        for path in ("/status.json", "/status.json?a=b", "/", "/nothing"):
+            answer = ask(port, path, *hosts)
+            assert answer.status == 421 and "http.hosts" in answer.text and "rebound" not in answer.text, (hosts, path)
+            check_guarded(answer)
+            assert answer.headers["content-type"] == "text/plain; charset=utf-8"
+        for path in ("/metrics", "/healthz", "/readyz"):
+            assert ask(port, path, *hosts).status == 200, (hosts, path)
+    for twice in (["localhost", "rebound.example"], ["rebound.example", "localhost"], ["localhost", "localhost"]):
+        assert ask(port, "/status.json", *twice).status in (400, 421)
+    assert ask(port, "http://rebound.example/status.json", "localhost").status == 404
+    running.stop()
+
+
 # ---- where it listens
 
 
@@ -447,7 +494,7 @@ def test_an_address_of_another_machine(service, mosquitto, mongod, database):
     running = service(broker=mosquitto(), mongod=mongod, database=database, settings={"http.listen": "192.0.2.1:9641"})
     running.finish(expect=1, sums=False)
     assert "cannot listen on 192.0.2.1:9641: Cannot assign requested address; this machine has no such address" in running.log
-    assert "warning: --http-listen: whoever reaches this address can read the figures" in running.log
+    assert "--http-listen: whoever reaches this address can read the figures" in running.log
 
 
 def test_it_restarts_on_the_same_port(watched):
@@ -608,7 +655,7 @@ ATTACKS = [_idle, _drip, _large_header, _garbage, _never_read, _pipeline, _churn
                                                  "reset"])
 def test_an_attack_does_not_disturb_the_flow(watched, attack):
     """2,000 messages a second go on; scrapes too, although one may be turned away; nothing is left behind."""
-    running = watched(**{"publisher.rate": "2000/s"})
+    running = watched(**{"publisher.rate": "2000/s"}, **OPEN_TO_LOOK)
     running.wait_stored(1000)
     before = len(descriptors(running))
     attacked = contextlib.contextmanager(attack)(running.http_port)
@@ -694,4 +741,4 @@ def test_check_says_what_would_be_answered(service, mosquitto, mongod, database)
                       settings={"http.listen": "0.0.0.0:9641"})
     running.finish(sums=False)
     assert "would     answer /metrics, /healthz, /readyz and /status.json on 0.0.0.0:9641" in running.stdout.read_text()
-    assert "warning: --http-listen: whoever reaches this address" in running.log
+    assert "--http-listen: whoever reaches this address" in running.log

@@ -1,18 +1,25 @@
 """Who may connect, TLS, and secrets: what goes wrong is said once, with its remedy; what is secret is said nowhere."""
 
 import contextlib
+import json
+import os
 import re
+import resource
 import shutil
+import signal
 import socket
 import stat
+import subprocess
 import threading
 import time
 from pathlib import Path
 
 import pytest
+from bson import json_util
 
 import clients
-from processes import TIME_FACTOR, free_port, wait_until
+from processes import ROOT, TIME_FACTOR, free_port, wait_until
+from service import BUILD
 
 SECRET = "Tr0ub4dor-and-3"  # no part of it is a word the program has
 
@@ -272,6 +279,7 @@ def test_a_file_that_is_no_pem(mosquitto, mongod, service, database, certificate
     broker = mosquitto(tls=certificates, require_certificate=True)
     rubbish = tmp_path / "rubbish.pem"
     rubbish.write_text("rubbish\n")
+    rubbish.chmod(0o600)
     running = service(broker=broker, mongod=mongod, database=database, settings={
         **tls, "mqtt.tls.cert": certificates.client.cert, "mqtt.tls.key": certificates.client.key, key: rubbish})
     check_refusal(running, ["TLS", key])
@@ -404,7 +412,8 @@ BROKEN = [
 # What only shows when the driver tries.
 USELESS = [form + "serverSelectionTimeoutMS=100" for form in (
     "mongodb://user:{0}@localhost:1/?authMechanism=WRONG&", "mongodb://user:{0}@local host/?",
-    "mongodb://user:{0}@no.invalid/?",
+    "mongodb://user:{0}@no.invalid/?", "mongodb://user:{0}@localhost:1/?tlsCertificateKeyFilePassword={0}&appName=me@plant&",
+    "mongodb://user:{0}@localhost:1/?appName=me@plant&tlsCertificateKeyFilePassword={0}&",
     "mongodb+srv://user:{0}@no.such.invalid/?", "mongodb://user:{0}@localhost:1/?tls=true&tlsCertificateKeyFilePassword={0}&")]
 
 
@@ -427,7 +436,7 @@ def test_a_broken_uri_does_not_give_its_password_away(service, mosquitto, tmp_pa
         said = running.log[mark:]
         assert SECRET not in said + running.stdout.read_text(), f"{form}: {said.replace(SECRET, '<the secret>')}"
         assert status == (1 if form in USELESS else 2), f"{form}: exit status {status}\n{said}"
-        assert form in USELESS or re.search("^error: .*uri", said, re.M | re.I), (form, said)
+        assert form in USELESS or re.search('"level":"error","room":"config","message":".*uri', said, re.I), (form, said)
 
 
 @pytest.mark.parametrize("arguments", [
@@ -449,6 +458,65 @@ def test_secrets_in_a_broken_file(service, tmp_path):
         running = service(args=["-c", path])
         running.finish(expect=2, sums=False)
         check_silent(running, SECRET)
+
+
+def crash(running):
+    """Have it end by SIGABRT; did the kernel write its memory somewhere?"""
+    os.kill(running.pid, signal.SIGABRT)
+    return os.waitid(os.P_PID, running.pid, os.WEXITED | os.WNOWAIT).si_code == os.CLD_DUMPED
+
+
+@pytest.mark.not_sanitized
+@pytest.mark.parametrize("allowed", [False, True])
+def test_a_crash_leaves_no_secret_behind(mosquitto, mongod, service, database, allowed):
+    """Whatever the limit. With core_dumps it does, which shows that this test can fail; how is the machine's affair."""
+    broker = mosquitto(users={"u": SECRET})
+    running = service(broker=broker, mongod=mongod, database=database, started=False, env={"MQTT2MONGO_MQTT_PASSWORD": SECRET},
+                      settings={"mqtt.username": "u", **({"core_dumps": "true"} if allowed else {})})
+    running.limits[resource.RLIMIT_CORE] = resource.RLIM_INFINITY
+    stores(running.start(), broker)
+    assert ("a core dump holds passwords" in running.log) == allowed
+    # What is not dumpable belongs to root in /proc: not even our own user reads its memory or environment.
+    assert Path(f"/proc/{running.pid}/environ").stat().st_uid == (os.geteuid() if allowed else 0)
+    limits = Path(f"/proc/{running.pid}/limits").read_text()
+    assert re.search(r"^Max core file size +(\S+) +(\S+)", limits, re.M).groups() == (("unlimited",) * 2 if allowed else ("0",) * 2)
+    dumped = crash(running)
+    dumps = [each for each in running.directory.iterdir() if each.name.startswith("core")]
+    pattern = Path("/proc/sys/kernel/core_pattern").read_text()
+    if not allowed:
+        assert not dumped and not dumps
+    elif pattern[0] not in "|/":
+        assert dumped and any(SECRET.encode() in each.read_bytes() for each in dumps)
+    for each in dumps:
+        each.unlink()
+
+
+def compiler_takes(*flags):
+    return subprocess.run(["cc", "-Werror", *flags, "-c", "-x", "c", "/dev/null", "-o", "/dev/null"], capture_output=True, check=False,
+                          timeout=20).returncode == 0
+
+
+@pytest.mark.not_sanitized
+def test_how_it_is_built():
+    """What makes a fault harder to use, where compiler and machine have it."""
+    commands = [each["command"] for each in json.loads((BUILD / "compile_commands.json").read_text())
+                if each["file"].endswith(("/src/main.c", "/src/json.c"))]
+    assert len(commands) == 2
+    for flag in ("-fstack-protector-strong", "-fstack-clash-protection", "-fcf-protection", "-ftrivial-auto-var-init=zero"):
+        assert not compiler_takes(flag) or all(flag in command.split() for command in commands), flag
+
+    def readelf(*arguments):
+        return subprocess.run(["readelf", "-W", *map(str, arguments)], capture_output=True, check=True, text=True, timeout=20).stdout
+
+    program = readelf("-h", "-l", "-d", BUILD / "src" / "mqtt2mongo")
+    assert re.search(r"Type:\s+DYN", program) and "GNU_RELRO" in program and "BIND_NOW" in program
+    assert re.search(r"GNU_STACK.* RW +0x", program), "the stack is not to be run"
+    assert "RPATH" not in program and "RUNPATH" not in program
+    if os.uname().machine == "x86_64" and compiler_takes("-fcf-protection"):
+        objects = list((BUILD / "src").glob("**/*.o"))
+        assert len(objects) > 30
+        for each in objects:
+            assert "IBT, SHSTK" in readelf("-n", each), each
 
 
 def test_only_we_may_read_our_state(mosquitto, mongod, service, database, tmp_path):
@@ -486,3 +554,51 @@ def test_a_damaged_state_file_is_set_aside(mosquitto, mongod, service, database)
     running.stop()
     assert len(complaints(running)) == 1 and "damaged" in complaints(running)[0]
     assert [path.read_text() for path in running.state.glob("state.json.corrupt-*")] == ['{"client_id": "x", "sess']
+
+
+# --- what others say, on a terminal ----------------------------------------------------------------------------------------
+
+# A title for the window, C1, DEL, and characters that turn what stands around them.
+STEERING = "\x1b]0;owned\x07\x7f\u009b31m\u202e\u2066\u200f\u061c"
+STEERS = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u206f]")
+
+
+def test_what_mongod_calls_its_replica_set(mosquitto, fresh_mongod, service):
+    """A real one: it takes any name."""
+    server = fresh_mongod(set_name=f"rs{STEERING}")
+    for log_format in ("text", "json"):
+        running = service(broker=mosquitto(), mongod=server, args=["--check"], settings={"log.format": log_format})
+        running.finish(sums=False)
+        said = running.stdout.read_text()
+        assert r"replica set rs\x1b]0;owned\x07\x7f\u009b31m\u202e\u2066\u200f\u061c" in said
+        assert not STEERS.search(said + running.log)
+
+
+def test_what_is_published(mosquitto, mongod, database, service):
+    """A dry run prints what anybody may have published: as extended JSON that means the same, and a preview for people."""
+    broker = mosquitto()
+    topic = "sensors/\u202egpj.exe\u2066"
+    running = service(broker=broker, args=["--dry-run"])
+    wait_until(lambda: "dry run: printing" in running.log, 10, "it has subscribed")
+    payloads = [json.dumps({STEERING: STEERING}, ensure_ascii=False), f"no JSON {STEERING}"]
+    clients.publish(broker.port, payloads, topic)
+    wait_until(lambda: running.stdout.read_text().count("\n") == 2, 10, "two lines")
+    running.stop(sums=False)
+    said = running.stdout.read_text()
+    assert not STEERS.search(said + running.log)
+    good, bad = (json_util.loads(line.partition(" ")[2]) for line in said.splitlines())
+    assert good["topic"] == bad["topic"] == topic and good["payload"] == {STEERING: STEERING}
+    assert bad["payload"] == payloads[1].encode() and not STEERS.search(bad["preview"]) and r"\u202e\u2066" in bad["preview"]
+
+
+def test_nothing_is_printed_past_the_printers():
+    """Standard output and standard error have four writers: the log, the escaping printers, --help and its like, whose text is all
+    ours. Who adds another has to think of what others can make it print."""
+    allowed = {"log.c", "escape.c", "config_print.c"}
+    direct = re.compile(r"\b(printf|vprintf|puts|putchar|perror)\s*\(|\b(fprintf|vfprintf|fputs|fputc|fwrite|putc)\s*\([^;]*\b(stdout|stderr|errors)\b"
+                        r"|\bwrite\s*\(\s*(STD\w+|[12]\b)")
+    sources = sorted((ROOT / "src").glob("**/*.c"))
+    assert len(sources) > 30
+    for source in sources:
+        text = re.sub(r"/\*.*?\*/", "", source.read_text(), flags=re.S)
+        assert source.name in allowed or not (found := direct.search(text)), f"{source.name}: {found[0]}"

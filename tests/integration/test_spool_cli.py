@@ -160,6 +160,15 @@ def test_what_it_holds(spool):
     assert len(export(spool.path)) == 5  # still there
 
 
+def test_what_a_topic_says_to_a_terminal(spool):
+    """A topic of characters that turn or steer a terminal is exported, and shown as their escapes: the JSON means the same."""
+    topic = "sensors/\x7f\u009b2J\u202egpj.exe\u2066\u061c"
+    spool.add(row_of(1, b"1", topic=topic.encode(), route=topic))
+    assert [(each["topic"], each["route"]) for each in export(spool.path)] == [(topic, topic)]
+    _, output, _ = run("--spool-export", path=spool.path)
+    assert output.isascii() and output.rstrip("\n").isprintable()
+
+
 def test_in_the_state_directory(spool, tmp_path):
     """Neither a role nor a path is needed; a configuration for the service will do."""
     spool.add(row_of(1, b"1"))

@@ -231,8 +231,12 @@ POISON = [
 ]
 
 
+# C1, the characters of direction, the separators of lines.
+STEERS = re.compile("[\x80-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u206f]")
+
+
 def preview_of(payload):
-    """As documented: the first 120 characters; what is no printable UTF-8 as \\xNN."""
+    """As documented: the first 120 characters; what is no printable UTF-8 as \\xNN, what steers a terminal as \\uNNNN."""
     text, at = "", 0
     payload = payload[:MIB]
     for _ in range(120):
@@ -246,6 +250,8 @@ def preview_of(payload):
                 character = None
         if not character or character < " " or character == "\x7f":
             length, character = 1, f"\\x{payload[at]:02x}"
+        elif STEERS.match(character):
+            character = f"\\u{ord(character):04x}"
         text += character
         at += length
     return text

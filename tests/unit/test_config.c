@@ -6,7 +6,9 @@
 #include "config.h"
 #include "config_table.h"
 
+#include <cjson/cJSON.h>
 #include <math.h>
+#include <mosquitto.h>
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -206,6 +208,34 @@ static void role_is_missing(void **state)
 	assert_says("\n  mqtt2mongo --role both\n");
 	refuses("--role|reader", "--role: \"reader\" is none of: publisher, consumer, both");
 	assert_null(strstr(said, "no role"));
+}
+
+/* log.format holds for what is said of the configuration too, wherever it is set. */
+static void complaints_as_json(void **state)
+{
+	static const char *const LEVELS[] = {"error", "warn", "warn", "info"};
+	write_file("a.json", "{\"log\": {\"format\": \"json\"}, \"consumer\": {\"qos\": 2}}");
+	assert_int_equal(load("--mqtt-password|x|--mqtt-session-expiry|0s|-c|a.json"), CONFIG_INVALID);
+	unsigned seen[4] = {0}, lines = 0;
+	for (char *line = strtok(said, "\n"); line != NULL; line = strtok(NULL, "\n"), lines++) {
+		cJSON *object = cJSON_ParseWithOpts(line, NULL, true);
+		assert_non_null(object);
+		assert_string_equal(cJSON_GetObjectItem(object, "room")->valuestring, "config");
+		assert_true(strlen(cJSON_GetObjectItem(object, "message")->valuestring) > 20);
+		assert_int_equal(strlen(cJSON_GetObjectItem(object, "time")->valuestring), 24);
+		for (int i = 0; i < 4; i++)
+			seen[i] += strcmp(cJSON_GetObjectItem(object, "level")->valuestring, LEVELS[i]) == 0;
+		cJSON_Delete(object);
+	}
+	assert_int_equal(lines, 4);
+	assert_true(seen[0] == 1 && seen[1] == 2 && seen[3] == 1);
+}
+
+static void complaints_are_escaped(void **state)
+{
+	write_file("a.json", "{\"mq\\u009btt\\u202e\": 1}");
+	refuses("--role|both|-c|a.json", "unknown key \"mq\\u009btt\\u202e\"");
+	refuses("--role|both|--mqtt-password-file|a\x1b]0;b\x07", "cannot read a\\x1b]0;b\\x07: No such file");
 }
 
 static void actions(void **state)
@@ -569,6 +599,137 @@ static void topics(void **state)
 	warns("--role|both|--publisher-topic|a/{devcie}", "only {device} is replaced");
 }
 
+/* Each of these pairs of filters, in either order; a topic that both match, or none. */
+static void filters_that_meet(void **state)
+{
+	static const char *const MEET[][2] = {
+	    {"sensors/#", "sensors/a"},
+	    {"sensors/#", "sensors"},
+	    {"sensors/#", "sensors/+/fast"},
+	    {"sensors/#", "sensors/#"},
+	    {"#", "a"},
+	    {"#", "+/+"},
+	    {"a/+", "a/b"},
+	    {"a/+/c", "a/b/+"},
+	    {"+/a", "b/+"},
+	    {"a/+/#", "a/b"},
+	    {"a/b/#", "a/+"},
+	    {"+", "#"},
+	    {"/#", "+/a"},
+	    {"/", "+/+"},
+	    {"$SYS/#", "$SYS/broker/+"},
+	    {"a/#", "+/+/c/d/#"},
+	    {"$SYS/+", "$SYS/x"},
+	};
+	static const char *const APART[][2] = {
+	    {"sensors/#", "camera/#"}, {"sensors/#", "sensor"}, {"a/+", "a"},    {"a/+", "a/b/c"},
+	    {"a/+/c", "a/+/d"},        {"a/+/#", "a"},          {"+", "a/b"},    {"a", "a/"},
+	    {"#", "$SYS/a"},           {"+/a", "$SYS/a"},       {"#", "$SYS/#"}, {"a", "A"},
+	    {"aa/#", "a/#"},
+	};
+	char *flags;
+	for (size_t i = 0; i < 2 * (sizeof MEET / sizeof MEET[0]); i++) {
+		const char *topic = MEET[i / 2][i % 2], *qos0 = MEET[i / 2][1 - i % 2];
+		assert_true(asprintf(&flags, "--role|both|--consumer-topic=%s|--consumer-qos0-topic=%s", topic, qos0) >
+		            0);
+		refuses(flags, "--consumer-qos0-topic: a topic can match this filter and consumer.topic as well");
+		free(flags);
+	}
+	for (size_t i = 0; i < 2 * (sizeof APART / sizeof APART[0]); i++) {
+		const char *topic = APART[i / 2][i % 2], *qos0 = APART[i / 2][1 - i % 2];
+		assert_true(asprintf(&flags, "--role|both|--consumer-topic=%s|--consumer-qos0-topic=%s", topic, qos0) >
+		            0);
+		accepts(flags);
+		free(flags);
+	}
+	refuses("--role|both|--consumer-topic|a/#/b|--consumer-qos0-topic|a", "# must be a whole level");
+	assert_null(strstr(said, "can match this filter"));
+}
+
+static const char *const FIRST[] = {"a", "$x", "+", "#"}, *const FURTHER[] = {"a", "b", "+", "#"};
+
+/* The number-th filter or topic of one to `most` levels, of `kinds` kinds each; false: there is no such. */
+static bool name_levels(unsigned number, unsigned kinds, unsigned most, char name[16])
+{
+	unsigned levels = 1, all = kinds;
+	while (number >= all && levels < most) {
+		number -= all;
+		all *= kinds;
+		levels++;
+	}
+	name[0] = '\0';
+	for (unsigned level = 0; level < levels; level++, number /= kinds) {
+		strcat(name, level == 0 ? "" : "/");
+		strcat(name, (level == 0 ? FIRST : FURTHER)[number % kinds]);
+	}
+	return number == 0;
+}
+
+static bool matches(const char *filter, const char *topic)
+{
+	bool result = false;
+	assert_int_equal(mosquitto_topic_matches_sub(filter, topic, &result), MOSQ_ERR_SUCCESS);
+	return result;
+}
+
+static bool a_topic_matches(const char *a, const char *b)
+{
+	char topic[16];
+	for (unsigned i = 0; name_levels(i, 2, 4, topic); i++)
+		if (matches(a, topic) && matches(b, topic))
+			return true;
+	return false;
+}
+
+/* The library that matches topics against filters is asked about all short ones. */
+static void filters_meet_where_a_topic_matches_both(void **state)
+{
+	char a[16], b[16], *flags;
+	unsigned pairs = 0;
+	for (unsigned i = 0; name_levels(i, 4, 3, a); i++)
+		for (unsigned j = 0; name_levels(j, 4, 3, b); j++) {
+			if (mosquitto_sub_topic_check(a) != MOSQ_ERR_SUCCESS ||
+			    mosquitto_sub_topic_check(b) != MOSQ_ERR_SUCCESS)
+				continue;
+			assert_true(asprintf(&flags, "--role|both|--consumer-topic=%s|--consumer-qos0-topic=%s", a, b) >
+			            0);
+			bool meet = load(flags) == CONFIG_INVALID;
+			free(flags);
+			if (meet != a_topic_matches(a, b))
+				fail_msg("%s and %s meet: %d", a, b, meet);
+			pairs++;
+		}
+	assert_true(pairs > 1500);
+}
+
+/* What looks like several filters or collections, and has no such meaning. */
+static void one_filter_and_one_collection(void **state)
+{
+	static const char twice[] =
+	    "--consumer-topic: is given twice, there is one filter only; take one that matches all, or "
+	    "run a service with a state_dir of its own for each";
+	refuses("--role|both|--consumer-topic|a/#|--consumer-topic|b/#", twice);
+	refuses("--role|both|--consumer-topic=a/#|--consumer-topic=a/#", twice);
+	refuses("--role|both|--consumer-qos0-topic|a|--consumer-qos0-topic|b", "--consumer-qos0-topic: is given twice");
+	refuses("--role|both|--consumer-id|topic|--consumer-id|/ts",
+	        "--consumer-id: is given twice, give all its parts in one, between commas");
+	accepts("--role|both|--publisher-rate|1/s|--publisher-rate|2/s"); /* as a wrapper's flags and the user's: the
+	                                                                     last */
+	assert_true(config.publisher.rate == 2);
+	write_file("a.json", "{\"consumer\": {\"topic\": \"a/#\"}}");
+	accepts("--role|both|-c|a.json|--consumer-topic|b/#"); /* a flag beats the file, as ever */
+	refuses("--role|both|--consumer-topic|a/#,b/#",
+	        "--consumer-topic: holds a comma, there is one filter only; take one that matches all, or run a "
+	        "service with a "
+	        "state_dir of its own for each; for a comma in a topic write + for that level");
+	refuses("--role|both|--consumer-qos0-topic|a,b", "--consumer-qos0-topic: holds a comma");
+	accepts("--role|both|--publisher-topic|a,b");
+	refuses("--role|both|--consumer-collection|m_{device}",
+	        "--consumer-collection: nothing is put in for braces, all messages go into one collection; give a name "
+	        "without them");
+	refuses("--role|both|--consumer-dead-letter|}", "--consumer-dead-letter: nothing is put in for braces");
+}
+
 static void share_groups(void **state)
 {
 	char *flags;
@@ -786,7 +947,7 @@ static void uris(void **state)
 	}
 	environment = no_environment;
 	accepts("--role|both|--mongodb-uri|mongodb://[::1]:27017,h2:1/?replicaSet=r");
-	write_file("a.json", "{\"mongodb\": {\"uri\": \"mongodb://u:p%40@h/?appName=a@b\"}}");
+	write_file("a.json", "{\"mongodb\": {\"uri\": \"mongodb://u:p%40@127.0.0.2/?appName=a@b\"}}");
 	accepts("--role|both|-c|a.json");
 	warns("--role|both|--mongodb-uri|mongodb://h/?w=1&journal=false", "w=1 in the URI promises less than majority");
 	assert_says("journal=false in the URI promises less");
@@ -815,10 +976,10 @@ static void secrets_in_arguments_are_wiped(void **state)
 static void secrets_in_files(void **state)
 {
 	write_file("password", "hunter2\n\n");
-	write_file("uri", "mongodb://u:p%40@h\r\n");
+	write_file("uri", "mongodb://u:p%40@localhost\r\n");
 	accepts("--role|both|--mqtt-password-file|password|--mongodb-uri-file|uri");
 	assert_string_equal(config.mqtt.password, "hunter2\n");
-	assert_string_equal(config.mongodb.uri, "mongodb://u:p%40@h");
+	assert_string_equal(config.mongodb.uri, "mongodb://u:p%40@localhost");
 	write_file("uri", "mongodb://u:s3@cret@h\n");
 	refuses("--role|both|--mongodb-uri-file|uri", "--mongodb-uri-file: the password has a '@' that is not escaped");
 	write_file("uri", "mongodb://h");
@@ -851,8 +1012,23 @@ static void redaction(void **state)
 	    {"mongodb://u:p@x?y@h", "mongodb://***@h"},
 	    {"mongodb://u:secret", "mongodb://***"},
 	    {"mongodb://a:1,b:2,[::1]:3/", "mongodb://a:1,b:2,[::1]:3/"},
-	    {"mongodb://h/?tlsCertificateKeyFilePassword=s&x=1", "mongodb://h/?tlsCertificateKeyFilePassword=***&x=1"},
+	    {"mongodb://h/?tlsCertificateKeyFilePassword=s&w=1", "mongodb://h/?tlsCertificateKeyFilePassword=***&w=1"},
 	    {"mongodb://h/?authMechanismProperties=AWS_SESSION_TOKEN:s", "mongodb://h/?authMechanismProperties=***"},
+	    {"mongodb://u:p@h/?appName=me@plant", "mongodb://***@h/?appName=me@plant"},
+	    {"mongodb://u:p@h/?appName=me@plant&tlsCertificateKeyFilePassword=s",
+	     "mongodb://***@h/?appName=me@plant&tlsCertificateKeyFilePassword=***"},
+	    {"mongodb://h/?appName=@u@&tlsCertificateKeyFilePassword=s@t;x=1",
+	     "mongodb://h/?appName=@u@&tlsCertificateKeyFilePassword=***;***"},
+	    {"mongodb://u:p==@u.example:10255/?ssl=true&maxIdleTimeMS=120000&appName=@u@",
+	     "mongodb://***@u.example:10255/?ssl=true&maxIdleTimeMS=120000&appName=@u@"},
+	    {"mongodb://u:p/q==@h:1/?appName=@u@&tlsCertificateKeyFilePassword=s",
+	     "mongodb://***@&tlsCertificateKeyFilePassword=***"},
+	    {"mongodb://u:p@h/?strange=me@plant", "mongodb://***@plant"},
+	    {"mongodb://u:p@x/?y=z@h", "mongodb://***@h"},
+	    {"mongodb://h/?tlsCertificateKeyFilePassword=s&t&tls=true",
+	     "mongodb://h/?tlsCertificateKeyFilePassword=***&***&tls=true"},
+	    {"mongodb://h/?tlsCertificateKeyFilePassword=s&t@u&tls=true", "mongodb://***"},
+	    {"mongodb://%2Ftmp%2Fmongodb-27017.sock", "mongodb://%2Ftmp%2Fmongodb-27017.sock"},
 	    {"secret", "***"},
 	    {"u:p@h", "***"},
 	    {"", "***"},
@@ -862,6 +1038,192 @@ static void redaction(void **state)
 		assert_string_equal(shown, PAIRS[i][1]);
 		free(shown);
 	}
+}
+
+static uint32_t random_state = 1;
+
+static unsigned random_below(unsigned limit)
+{
+	random_state = random_state * 1664525 + 1013904223;
+	return (random_state >> 8) % limit;
+}
+
+/* Append a secret: an ordinary one that is percent-encoded, or one of all characters that mean something in a URI. */
+static void put_secret(char *uri, bool encoded)
+{
+	static const char SPECIAL[] = "Z@:/?#[]%&=;,Z";
+	for (unsigned i = 0, length = 1 + random_below(8); i < length; i++) {
+		char special[2] = {SPECIAL[random_below(sizeof SPECIAL - 1)]};
+		strcat(uri, i == 0 ? "Z" : encoded ? "%5A" : special);
+	}
+}
+
+/* Append options, and perhaps a secret among them. */
+static void put_options(char *uri)
+{
+	static const char *const OPTIONS[] = {"appName=me@plant",
+	                                      "appName=@u@",
+	                                      "tls=true",
+	                                      "w=majority",
+	                                      "authSource=a@b",
+	                                      "strange=1",
+	                                      "strange=c@d",
+	                                      "tlsCertificateKeyFilePassword=",
+	                                      "authMechanismProperties=AWS_SESSION_TOKEN:",
+	                                      "password=",
+	                                      "my_secret="};
+	for (unsigned i = 0, count = random_below(5); i < count; i++) {
+		const char *option = OPTIONS[random_below(sizeof OPTIONS / sizeof OPTIONS[0])];
+		strcat(uri, i == 0 ? "?" : random_below(4) == 0 ? ";" : "&");
+		strcat(uri, option);
+		if (strpbrk(option + strlen(option) - 1, "=:") != NULL)
+			put_secret(uri, false);
+	}
+}
+
+/* Z and its escape %5A are in secrets only: whatever the URI looks like, none is shown, by the one who shows it or by
+ * any complaint. */
+static void no_secret_is_shown(void **state)
+{
+	static const char *const HOSTS[] = {"h", "h:27017", "a:1,b,c:3", "[::1]:2", "%2Ftmp%2Fm.sock", "u.example.org",
+	                                    ""};
+	char uri[512], *flags;
+	unsigned with_secret = 0;
+	for (unsigned i = 0; i < 20000; i++) {
+		strcpy(uri, random_below(2) ? "mongodb://" : "mongodb+srv://");
+		if (random_below(4) > 0) {
+			strcat(uri, "u:");
+			put_secret(uri, random_below(2));
+			strcat(uri, "@");
+		}
+		strcat(uri, HOSTS[random_below(sizeof HOSTS / sizeof HOSTS[0])]);
+		strcat(uri, random_below(3) == 0 ? "" : random_below(2) ? "/" : "/db");
+		put_options(uri);
+		with_secret += strchr(uri, 'Z') != NULL;
+		char *shown = config_redact_uri(uri), *quoted = config_quote(uri);
+		if (strstr(shown, "Z") != NULL || strstr(shown, "5A") != NULL || strstr(quoted, "Z") != NULL)
+			fail_msg("%s is shown as %s and %s", uri, shown, quoted);
+		free(quoted);
+		free(shown);
+		if (i % 20 != 0 || strchr(uri, '|') != NULL)
+			continue;
+		assert_true(asprintf(&flags, "--role|both|--mongodb-uri|%s", uri) > 0);
+		load(flags);
+		if (strchr(said, 'Z') != NULL || strstr(said, "%5A") != NULL)
+			fail_msg("%s makes it say %s", uri, said);
+		free(flags);
+	}
+	assert_true(with_secret > 10000);
+}
+
+static void assert_warned(const char *flags, const char *text, bool warned)
+{
+	assert_int_equal(load(flags), CONFIG_RUN);
+	if ((strstr(said, text) != NULL) != warned)
+		fail_msg("%s says:\n%s", flags, said);
+}
+
+static void passwords_that_others_can_read_along(void **state)
+{
+	static const char *const OTHERS[] = {"broker",       "10.0.0.1",          "128.0.0.1",   "::2",
+	                                     "fe80::1%eth0", "localhost.example", "127.example", "notlocalhost"};
+	static const char *const OURS[] = {"localhost", "LOCALHOST", "a.localhost",     "127.0.0.1",
+	                                   "127.1.2.3", "::1",       "::ffff:127.0.0.1"};
+	char *flags;
+	write_file("password", "x");
+	for (size_t i = 0; i < 2 * (sizeof OTHERS / sizeof OTHERS[0]); i++) {
+		bool tls = i % 2;
+		assert_true(asprintf(&flags, "--role|both|--mqtt-password-file|password|--mqtt-host|%s%s",
+		                     OTHERS[i / 2], tls ? "|--mqtt-tls-enabled" : "") > 0);
+		assert_warned(flags, "--mqtt-password-file: the password goes to ", !tls);
+		free(flags);
+	}
+	for (size_t i = 0; i < sizeof OURS / sizeof OURS[0]; i++) {
+		assert_true(asprintf(&flags, "--role|both|--mqtt-password-file|password|--mqtt-host|%s", OURS[i]) > 0);
+		accepts(flags);
+		free(flags);
+	}
+	assert_warned("--role|both|--mqtt-host|broker|--mqtt-username|u", "warning", false);
+
+	static const struct {
+		const char *uri;
+		bool open;
+	} URIS[] = {{"mongodb://u:p@db.example", true},
+	            {"mongodb://u:p@localhost,db:1/", true},
+	            {"mongodb://u:p@db/?tls=false", true},
+	            {"mongodb+srv://u:p@db.example.org/?tls=false", true},
+	            {"mongodb://u:p@db/?tls=true", false},
+	            {"mongodb://u:p@db/?ssl=true", false},
+	            {"mongodb+srv://u:p@db.example.org/", false},
+	            {"mongodb://db", false},
+	            {"mongodb://u:p@localhost", false},
+	            {"mongodb://u:p@[::1]:1,127.0.0.1/", false},
+	            {"mongodb://u:p@%2Ftmp%2Fmongodb-27017.sock", false},
+	            {"mongodb://u@db/?authMechanism=MONGODB-X509", false}};
+	for (size_t i = 0; i < sizeof URIS / sizeof URIS[0]; i++) {
+		write_file("uri", URIS[i].uri);
+		assert_warned("--role|both|--mongodb-uri-file|uri", "is not encrypted", URIS[i].open);
+		assert_null(strstr(said, "u:p"));
+	}
+}
+
+static void tls_that_checks_nothing(void **state)
+{
+	static const char *const OPTIONS[][2] = {{"tlsInsecure", "tlsInsecure"},
+	                                         {"tlsAllowInvalidCertificates", "tlsAllowInvalidCertificates"},
+	                                         {"tlsAllowInvalidHostnames", "tlsAllowInvalidHostnames"},
+	                                         {"sslAllowInvalidCertificates", "tlsAllowInvalidCertificates"},
+	                                         {"sslAllowInvalidHostnames", "tlsAllowInvalidHostnames"}};
+	char flags[200], words[100];
+	for (size_t i = 0; i < sizeof OPTIONS / sizeof OPTIONS[0]; i++)
+		for (int on = 0; on < 2; on++) {
+			snprintf(flags, sizeof flags, "--role|both|--mongodb-uri|mongodb://h/?tls=true&%s=%s",
+			         OPTIONS[i][0], on ? "true" : "false");
+			snprintf(words, sizeof words,
+			         "--mongodb-uri: with %s in the URI whoever is on the way can pose as MongoDB",
+			         OPTIONS[i][1]);
+			assert_warned(flags, words, on);
+		}
+}
+
+/* Who may read: others never; our group where we have not been given the file by another user. */
+static void files_that_others_can_read(void **state)
+{
+	static const struct {
+		mode_t mode;
+		bool of_another, open;
+	} CASES[] = {{0600, false, false}, {0400, false, false}, {0640, false, true}, {0604, false, true},
+	             {0644, false, true},  {0602, false, true},  {0640, true, false}, {0440, true, false},
+	             {0644, true, true},   {0777, true, true}};
+	static const char *const FLAGS[][2] = {
+	    {"--role|both|--mqtt-password-file|secret",
+	     "--mqtt-password-file: secret can be read by other users: chmod 6"},
+	    {"--role|both|--mongodb-uri-file|uri", "--mongodb-uri-file: uri can be read by other users"},
+	    {"--role|both|-c|a.json", "-c: a.json holds a secret and can be read by other users"},
+	    {"--role|both|-c|b.json", "-c: b.json holds a secret and can be read by other users"},
+	    {"--role|both|-c|c.json", "can be read by other users"}, /* never: there is none in it */
+	    {"--role|both|--mqtt-tls-enabled|--mqtt-tls-cert|secret|--mqtt-tls-key|secret",
+	     "--mqtt-tls-key: secret can be read"},
+	    {"--role|both|--mongodb-uri|mongodb://h/?tls=true&tlsCertificateKeyFile=secret",
+	     "--mongodb-uri: secret can be read"}};
+	static const char *const FILES[] = {"secret", "uri", "a.json", "b.json", "c.json"};
+	write_file("secret", "x");
+	write_file("uri", "mongodb://h");
+	write_file("a.json", "{\"mqtt\": {\"password\": \"x\"}}");
+	write_file("b.json", "{\"mongodb\": {\"uri\": \"mongodb://u:p@localhost\"}}");
+	write_file("c.json", "{\"mongodb\": {\"uri\": \"mongodb://localhost\"}, \"mqtt\": {\"username\": \"u\"}}");
+	for (size_t i = 0; i < sizeof CASES / sizeof CASES[0]; i++) {
+		if (CASES[i].of_another && geteuid() != 0)
+			continue; /* only root can give a file away */
+		for (size_t k = 0; k < sizeof FILES / sizeof FILES[0]; k++) {
+			chmod(FILES[k], CASES[i].mode);
+			assert_true(geteuid() != 0 || chown(FILES[k], CASES[i].of_another ? 65534 : 0, getegid()) == 0);
+		}
+		for (size_t k = 0; k < sizeof FLAGS / sizeof FLAGS[0]; k++)
+			assert_warned(FLAGS[k][0], FLAGS[k][1], CASES[i].open && k != 4);
+	}
+	for (size_t k = 0; k < sizeof FILES / sizeof FILES[0]; k++)
+		unlink(FILES[k]);
 }
 
 static void state_directory(void **state)
@@ -959,6 +1321,23 @@ static void where_to_listen(void **state)
 	refuses("--role|both|--http-listen|::1:80", "write an IPv6 address in brackets, as in [::1]:9641");
 	refuses("--role|both|--http-listen|[::1:80", "has no ] before the port");
 	refuses_file("{ \"http\": { \"listen\": 9641 } }", "1: http.listen: is 9641, must be a text in quotes");
+}
+
+static void names_to_be_asked_by(void **state)
+{
+	accepts("--role|both|--http-hosts|status.example.org,plant7");
+	assert_int_equal(config.http.hosts.count, 2);
+	assert_string_equal(config.http.hosts.items[1], "plant7");
+	write_file("a.json", "{\"http\": {\"hosts\": [\"status.example.org\"]}}");
+	accepts("--role|both|-c|a.json");
+	assert_string_equal(config.http.hosts.items[0], "status.example.org");
+	refuses_file("{\"http\": {\"hosts\": \"plant7\"}}",
+	             "1: http.hosts: \"plant7\" is not a list, write [\"plant7\"]");
+	refuses("--role|both|--http-hosts|a,http://b", "--http-hosts: give names only, as in status.example.org");
+	refuses("--role|both|--http-hosts|a:9641", "--http-hosts: give names only");
+	refuses("--role|both|--http-hosts|*.example.org", "--http-hosts: * stands for nothing here");
+	refuses("--role|both|--http-hosts|a b", "--http-hosts: must be a list of host names");
+	refuses("--role|both|--http-hosts|a|--http-hosts|b", "--http-hosts: is given twice, give all names in one");
 }
 
 static void version(void **state)
@@ -1087,6 +1466,8 @@ int main(void)
 	    TEST(losing_values_are_checked_too),
 	    TEST(all_errors_are_said),
 	    TEST(role_is_missing),
+	    TEST(complaints_as_json),
+	    TEST(complaints_are_escaped),
 	    TEST(actions),
 	    TEST(replaying),
 	    TEST(durations),
@@ -1103,6 +1484,9 @@ int main(void)
 	    TEST(hosts),
 	    TEST(identity),
 	    TEST(topics),
+	    TEST(filters_that_meet),
+	    TEST(filters_meet_where_a_topic_matches_both),
+	    TEST(one_filter_and_one_collection),
 	    TEST(share_groups),
 	    TEST(mongodb_names),
 	    TEST(crossed_values),
@@ -1114,9 +1498,14 @@ int main(void)
 	    TEST(secrets_in_arguments_are_wiped),
 	    TEST(secrets_in_files),
 	    TEST(redaction),
+	    TEST(no_secret_is_shown),
+	    TEST(passwords_that_others_can_read_along),
+	    TEST(tls_that_checks_nothing),
+	    TEST(files_that_others_can_read),
 	    TEST(state_directory),
 	    TEST(documents_hold_every_key),
 	    TEST(where_to_listen),
+	    TEST(names_to_be_asked_by),
 	    TEST(version),
 	    TEST(the_table_is_sound),
 	    TEST(the_manual_page_is_clean),

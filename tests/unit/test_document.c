@@ -376,6 +376,7 @@ static void reasons_of_mongodb(void **state)
 	    {DOCUMENT_REFUSED, "refused_by_mongodb", "Document failed validation", "Document failed validation"},
 	    {DOCUMENT_REFUSED, "refused_by_mongodb", "", ""},
 	    {DOCUMENT_REFUSED, "refused_by_mongodb", "caf\xc3\xa9 \xff\n", "caf\xc3\xa9 \\xff\\x0a"},
+	    {DOCUMENT_REFUSED, "refused_by_mongodb", "\xc2\x9b\xe2\x80\xae", "\xc2\x9b\xe2\x80\xae"},
 	    {DOCUMENT_UNIQUE_INDEX, "unique_index", "E11000 duplicate key", "E11000 duplicate key"},
 	    {DOCUMENT_UNIQUE_INDEX, "unique_index", endless, cut},
 	};
@@ -400,10 +401,13 @@ static void previews_are_cut(void **state)
 	             {"\xc3\xa9", "\xc3\xa9"},
 	             {"\xf0\x9d\x84\x9e", "\xf0\x9d\x84\x9e"},
 	             {"\xff", "\\xff"},
-	             {"\n", "\\x0a"}};
+	             {"\n", "\\x0a"},
+	             {"\x7f", "\\x7f"},
+	             {"\xc2\x9b", "\\u009b"},
+	             {"\xe2\x80\xae", "\\u202e"}};
 	for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
 		for (int count = 119; count <= 121; count++) {
-			char bytes[500], preview[500];
+			char bytes[500], preview[800];
 			size_t length = 0, shown = 0;
 			for (int k = 0; k < count; k++) {
 				length += (size_t)snprintf(bytes + length, sizeof bytes - length, "%s", cases[i].piece);

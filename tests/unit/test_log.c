@@ -1,13 +1,16 @@
 /* The log: what reaches standard error, byte for byte; through a pipe, and through a pseudo terminal for the status. */
 #define _GNU_SOURCE
 #include "log.h"
+#include "memory.h"
 
+#include <assert.h>
 #include <cjson/cJSON.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
 #include <pthread.h>
 #include <setjmp.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -15,6 +18,8 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
+#include <sys/resource.h>
+#include <sys/wait.h>
 #include <termios.h>
 #include <unistd.h>
 
@@ -121,9 +126,11 @@ static void levels(void **state)
 static void forged_lines_are_escaped(void **state)
 {
 	log_info("a", "%s",
-	         "x\n2026-01-01 error b: \x1b[2J\x7f\xc2\x9b \xff\xc0\x80\xed\xa0\x80 \xf4\x90\x80\x80 é€😀\\\"");
-	assert_string_equal(capture_after_time(), "info  a: x\\n2026-01-01 error b: \\x1b[2J\\x7f\\xc2\\x9b "
-	                                          "\\xff\\xc0\\x80\\xed\\xa0\\x80 \\xf4\\x90\\x80\\x80 é€😀\\\"\n");
+	         "x\n2026-01-01 error b: \x1b[2J\x7f\xc2\x9b \xff\xc0\x80\xed\xa0\x80 \xf4\x90\x80\x80 é€😀\\\" "
+	         "\xe2\x80\xae\xd8\x9c");
+	assert_string_equal(capture_after_time(),
+	                    "info  a: x\\n2026-01-01 error b: \\x1b[2J\\x7f\\u009b "
+	                    "\\xff\\xc0\\x80\\xed\\xa0\\x80 \\xf4\\x90\\x80\\x80 é€😀\\\" \\u202e\\u061c\n");
 }
 
 static void errno_survives(void **state)
@@ -141,6 +148,8 @@ static void json_line(void **state)
 	assert_memory_equal(line, "{\"time\":\"", 9);
 	assert_string_equal(line + 9 + 24, "\",\"level\":\"warn\",\"room\":\"mqtt\","
 	                                   "\"message\":\"say \\\"hi\\\"\\\\\\n\"}\n");
+	log_warn("mqtt", "%s", "\x1b\x7f\xc2\x9b\xe2\x81\xa6\xff");
+	assert_non_null(strstr(capture(), "\"message\":\"\\u001b\\u007f\\u009b\\u2066\\\\xff\"}\n"));
 }
 
 /* The one captured line is one JSON object with all members. */
@@ -176,6 +185,48 @@ static void json_survives_hostile_bytes(void **state)
 		log_info(hostile, "%s", hostile);
 		assert_json_line();
 	}
+}
+
+/* The sanitizers' allocators have a last word of their own. */
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+enum { SANITIZED = 1 };
+#else
+enum { SANITIZED = 0 };
+#endif
+
+static void run_out_of_memory(void)
+{
+	memory_resize(NULL, SIZE_MAX / 4);
+}
+
+static void fail_an_assertion(void)
+{
+	assert(errno == -1 && "what failed");
+}
+
+/* It ends by SIGABRT, and its last word is a line of the log in the form of all. */
+static void assert_last_word(void (*end)(void), const char *words)
+{
+	log_configure(LOG_LEVEL_INFO, LOG_FORMAT_JSON);
+	pid_t child = fork();
+	if (child == 0) {
+		setrlimit(RLIMIT_CORE, &(struct rlimit){0});
+		signal(SIGABRT, SIG_DFL);
+		end();
+		_exit(0);
+	}
+	int status;
+	assert_int_equal(waitpid(child, &status, 0), child);
+	assert_true(WIFSIGNALED(status) && WTERMSIG(status) == SIGABRT);
+	assert_json_line();
+	assert_non_null(strstr(captured, words));
+}
+
+static void last_words(void **state)
+{
+	assert_last_word(fail_an_assertion, "what failed");
+	if (!SANITIZED)
+		assert_last_word(run_out_of_memory, "out of memory");
 }
 
 static void long_lines_are_cut(void **state)
@@ -291,6 +342,7 @@ int main(void)
 	    cmocka_unit_test_setup_teardown(errno_survives, start_pipe, end_pipe),
 	    cmocka_unit_test_setup_teardown(json_line, start_pipe, end_pipe),
 	    cmocka_unit_test_setup_teardown(json_survives_hostile_bytes, start_pipe, end_pipe),
+	    cmocka_unit_test_setup_teardown(last_words, start_pipe, end_pipe),
 	    cmocka_unit_test_setup_teardown(long_lines_are_cut, start_pipe, end_pipe),
 	    cmocka_unit_test_setup_teardown(repeats_are_left_out, start_pipe, end_pipe),
 	    cmocka_unit_test_setup_teardown(long_repeats_are_compared, start_pipe, end_pipe),
