@@ -1,4 +1,4 @@
-/* The wall clock as documents and messages carry it. Any thread. */
+/* The wall clock as documents and messages carry it, and one to measure with. Any thread. */
 #ifndef MQTT2MONGO_CLOCK_H
 #define MQTT2MONGO_CLOCK_H
 
@@ -13,6 +13,12 @@ static inline int64_t clock_wall_ms(void)
 	uv_timeval64_t now;
 	uv_gettimeofday(&now);
 	return now.tv_sec * 1000 + now.tv_usec / 1000;
+}
+
+/* Milliseconds since some moment in the past; never jumps, never 0. */
+static inline int64_t clock_monotonic_ms(void)
+{
+	return (int64_t)(uv_hrtime() / 1000000) + 1;
 }
 
 /* As people and JSON have it: 2026-11-22T20:18:24.123Z. */

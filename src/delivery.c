@@ -31,7 +31,9 @@ enum {
 	RETRY_FIRST_MS = 100,
 	RETRY_MOST_MS = 2000,
 	PROBE_MOST_MS = 5000,
-	TRIAL_HOLDS = 2,           /* hold limits without a hand-back that end the waiting longer and longer */
+	TRIAL_HOLDS = 2,   /* hold limits without a hand-back that end the waiting longer and longer */
+	FLICKER_MS = 1000, /* a collection that refused for less, as at a rate limit, is not said to take again */
+	DROP_ATTEMPTS = 4, /* for what neither spool nor broker keeps, before it is dropped */
 	HANDBACK_MOST_MS = 300000, /* each round handed back may leave its documents behind, to be stored again */
 };
 
@@ -80,6 +82,7 @@ struct delivery {
 
 	struct log_repeat complaint, fallback;
 	struct log_repeat refusals[STORE_NAMESPACES];
+	uint64_t refused_at[STORE_NAMESPACES]; /* loop time of the first refusal since it took something */
 	uv_work_t disconnect;
 	bool stopping, closing;
 	void (*stopped)(void *owner);
@@ -108,9 +111,13 @@ static void hear_of_collections(struct delivery *delivery, const struct store_re
 	for (int i = 0; i < STORE_NAMESPACES; i++) {
 		bool *refused = &delivery->counters->database_refuses[i];
 		if (report->refused[i]) {
+			if (!*refused)
+				delivery->refused_at[i] = uv_now(delivery->loop);
 			*refused = true;
 		} else if (report->taken[i] && *refused) {
 			*refused = false;
+			if (uv_now(delivery->loop) - delivery->refused_at[i] < FLICKER_MS)
+				continue;
 			log_info("consumer", "MongoDB takes documents again in the collection %s",
 			         i == STORE_MESSAGES ? config->collection : config->dead_letter);
 			log_repeat_end(&delivery->refusals[i]);
@@ -187,7 +194,7 @@ static void probe_done(uv_work_t *job, int status)
 	} else {
 		/* A ping proves little after handing back again and again, or where the drain is about to write: then
 		 * the next attempt to write decides. */
-		if (delivery->handbacks <= 1 && !outbox_is_draining(delivery->outbox))
+		if ((delivery->handbacks <= 1 || !delivery->refusing) && !outbox_is_draining(delivery->outbox))
 			set_present(delivery);
 		take_again(delivery);
 	}
@@ -213,8 +220,9 @@ static void look_due(uv_timer_t *timer)
 /* See to it that somebody finds out when MongoDB is back: nothing is on its way that would. */
 static void arm_look(struct delivery *delivery)
 {
-	bool away = delivery->away && !outbox_is_draining(delivery->outbox) && first_in(delivery, WAITING) == NULL;
-	if (!idle(delivery) || (!delivery->refusing && !away) || delivery->stopping || delivery->probe_runs ||
+	bool away = delivery->away && idle(delivery) && !outbox_is_draining(delivery->outbox) &&
+	            first_in(delivery, WAITING) == NULL;
+	if ((!delivery->refusing && !away) || delivery->stopping || delivery->probe_runs ||
 	    uv_is_active((uv_handle_t *)&delivery->look))
 		return;
 	uint64_t delay = !delivery->refusing || delivery->handbacks <= 1
@@ -357,6 +365,11 @@ static void wait_for_retry(struct delivery_parcel *parcel)
 static void conclude(struct delivery_parcel *parcel)
 {
 	size_t open = count_settled(parcel);
+	bool refused = open > 0 && !parcel->delivery->away && parcel->attempts >= DROP_ATTEMPTS;
+	if (refused && !parcel->sender->spools && !parcel->given_up) { /* others would wait behind it for ever */
+		parcel->given_up = true;
+		parcel->cause = METRICS_REFUSED;
+	}
 	if (open == 0 || parcel->given_up)
 		report(parcel, open);
 	else if (may_spool(parcel))

@@ -11,12 +11,14 @@
  * Where consumer.id makes the _id from the message, such an error says less: clash.h finds out what is stored there.
  *
  * A call that fails as a whole is the database's fault, the collection's, or one document's. One document is found by
- * halves: at once where the error speaks of size or form, else when the batch has met the error several times. Every
- * error that is on no list ends so, in a dead letter, never in an endless retry.
+ * halves: at once where the error speaks of size or form, else when the batch has met the error several times and the
+ * collection takes others meanwhile. Every error that is on no list ends so, in a dead letter, never in an endless
+ * retry.
  */
 #include "insert.h"
 
 #include "clash.h"
+#include "clock.h"
 #include "document.h"
 #include "id_key.h"
 #include "memory.h"
@@ -32,10 +34,13 @@ enum {
 	CHUNK_KEPT = 2 * 1024 * 1024,
 	TEXTS_KEPT = 256 * 1024,
 	LARGE_BYTES = 64 * 1024,
-	GROWTH_MOST = 7,   /* BSON of JSON such as [1,1,1,…] */
-	REFUSALS_MOST = 4, /* attempts with an error on no list */
-	LOSSES_MOST = 2,   /* times that a batch may lose the connection before it is taken for the cause */
-	GONE_MOST = 8,     /* attempts that find an _id taken, but no document with it */
+	GROWTH_MOST = 7,    /* BSON of JSON such as [1,1,1,…] */
+	REFUSALS_MOST = 4,  /* attempts that list an error on no list for a document, or lose it alone */
+	UNKNOWN_MOST = 8,   /* that fail as a whole with one, while the collection takes others */
+	UNKNOWN_ALONE = 16, /* and while it takes nothing */
+	TAKES_MS = 10000,   /* since it last did */
+	LOSSES_MOST = 2,    /* times that a batch may lose the connection before it is taken for the cause */
+	GONE_MOST = 8,      /* attempts that find an _id taken, but no document with it */
 	MOST_LIMIT = 65536,
 	CONFLICT_TEXT = 1000,
 };
@@ -73,6 +78,13 @@ static struct batch_message *message_of(const struct insert *insert, size_t posi
 static bool may_go_on(const struct insert *insert)
 {
 	return !insert->report->away && !insert->report->refused[insert->namespace];
+}
+
+/* The collection takes documents, or did lately. */
+static bool takes_others(const struct insert *insert)
+{
+	int64_t taken_at = insert->target->taken_at_ms[insert->namespace];
+	return taken_at != 0 && clock_monotonic_ms() - taken_at < TAKES_MS;
 }
 
 static void note_error(struct insert *insert, const bson_error_t *error, const char *what)
@@ -290,6 +302,8 @@ static void settle_clashes(struct insert *insert, const struct verdict *verdicts
 		return;
 	if (!clash_look_up(insert->collections[insert->namespace], insert->target->write_concern, scratch->clashes,
 	                   scratch->clash_count, &error)) {
+		enum mongodb_scope scope = mongodb_error_scope(&error);
+		insert->report->away = scope == MONGODB_DATABASE || scope == MONGODB_CONNECTION;
 		note_error(insert, &error, "cannot read what is stored under an _id that is taken");
 		scratch->clash_count = 0;
 		return;
@@ -306,6 +320,7 @@ static void settle_clashes(struct insert *insert, const struct verdict *verdicts
 static void settle_verdicts(struct insert *insert, size_t first, size_t count, const struct verdict *verdicts)
 {
 	insert->report->taken[insert->namespace] = true;
+	insert->target->taken_at_ms[insert->namespace] = clock_monotonic_ms();
 	for (size_t i = 0; i < count; i++)
 		settle_verdict(insert, first + i, &verdicts[i]);
 	settle_clashes(insert, verdicts, first);
@@ -328,16 +343,24 @@ static void narrow_down(struct insert *insert, size_t first, size_t count,
 		insert_range(insert, first + count / 2, count - count / 2);
 }
 
-/* An error on no list, or an answer that contradicts itself. It may pass; if not, it is about one of them. */
+/* An error on no list, or an answer that contradicts itself. It may pass; if not, it is about one of them as soon as
+ * the collection takes others. Where it takes nothing that need not be so, and each document would be tried alone in
+ * vain. */
+// NOLINTNEXTLINE(misc-no-recursion)
 static void settle_unknown(struct insert *insert, size_t first, size_t count, const bson_error_t *error)
-{ // NOLINT(misc-no-recursion)
-	bool for_ever = true;
+{
+	bool others = takes_others(insert), for_ever = true;
+	unsigned most = others || error->domain == 0 ? UNKNOWN_MOST : UNKNOWN_ALONE;
 	for (size_t i = first; i < first + count; i++)
-		for_ever = count_refusal(message_of(insert, i), REFUSALS_MOST) && for_ever;
-	if (for_ever)
+		for_ever = count_refusal(message_of(insert, i), most) && for_ever;
+	bool waits =
+	    insert->namespace == STORE_DEAD_LETTERS || mongodb_is_configuration(error->domain, (int)error->code);
+	if (for_ever && (others || !waits)) {
 		narrow_down(insert, first, count, error->message);
-	else
-		note_error(insert, error, "cannot store in MongoDB");
+		return;
+	}
+	insert->report->refused[insert->namespace] = !others;
+	note_error(insert, error, "cannot store in MongoDB");
 }
 
 static bool server_answers(const struct insert *insert)
@@ -351,13 +374,22 @@ static bool server_answers(const struct insert *insert)
 	return answers;
 }
 
+/* A time-out looks to the driver as a connection that was closed, but says nothing about documents. */
+static bool timed_out(const struct insert *insert, int64_t took_ms)
+{
+	int64_t most = insert->target->timeout_ms;
+	return most > 0 && took_ms >= most - most / 10;
+}
+
 /* mongod closes the connection rather than send an answer above 16 MB, which errors that repeat a large validator for
  * each document can make. Then the server is there, and fewer documents make a smaller answer. */
-static void settle_lost(struct insert *insert, size_t first, size_t count, const bson_error_t *error)
-{ // NOLINT(misc-no-recursion)
+// NOLINTNEXTLINE(misc-no-recursion)
+static void settle_lost(struct insert *insert, size_t first, size_t count, int64_t took_ms, const bson_error_t *error)
+{
 	struct batch *batch = insert->batch;
-	batch->losses += batch->losses < UINT8_MAX;
-	if (batch->losses < LOSSES_MOST || !server_answers(insert)) {
+	bool late = timed_out(insert, took_ms);
+	batch->losses += !late && batch->losses < UINT8_MAX;
+	if (late || batch->losses < LOSSES_MOST || !server_answers(insert)) {
 		insert->report->away = true;
 		note_error(insert, error, "cannot store in MongoDB");
 		return;
@@ -366,7 +398,7 @@ static void settle_lost(struct insert *insert, size_t first, size_t count, const
 	if (count > 1 || count_refusal(message_of(insert, first), REFUSALS_MOST))
 		narrow_down(insert, first, count, "MongoDB closes the connection instead of answering");
 	else
-		insert_range(insert, first, count);
+		note_error(insert, error, "cannot store in MongoDB");
 }
 
 static void settle_away(struct insert *insert, const bson_error_t *error)
@@ -381,8 +413,10 @@ static void settle_away(struct insert *insert, const bson_error_t *error)
 }
 
 /* Nothing of the reply is believed: any of the documents may be there. */
-static void settle_failure(struct insert *insert, size_t first, size_t count, const bson_t *reply, bson_error_t *error)
-{ // NOLINT(misc-no-recursion)
+// NOLINTNEXTLINE(misc-no-recursion)
+static void settle_failure(struct insert *insert, size_t first, size_t count, int64_t took_ms, const bson_t *reply,
+                           bson_error_t *error)
+{
 	for (size_t i = first; i < first + count; i++)
 		message_of(insert, i)->tried = true;
 	if (!verdict_write_concern_error(reply, error) && error->domain == 0)
@@ -392,7 +426,7 @@ static void settle_failure(struct insert *insert, size_t first, size_t count, co
 		settle_away(insert, error);
 		break;
 	case MONGODB_CONNECTION:
-		settle_lost(insert, first, count, error);
+		settle_lost(insert, first, count, took_ms, error);
 		break;
 	case MONGODB_NAMESPACE:
 		insert->report->refused[insert->namespace] = true;
@@ -402,6 +436,8 @@ static void settle_failure(struct insert *insert, size_t first, size_t count, co
 		narrow_down(insert, first, count, error->message);
 		break;
 	case MONGODB_UNKNOWN:
+		if (bson_has_field(reply, "writeErrors")) /* it answered, but contradicts itself */
+			error->domain = 0;
 		settle_unknown(insert, first, count, error);
 		break;
 	}
@@ -417,13 +453,14 @@ static void insert_range(struct insert *insert, size_t first, size_t count) // N
 	bson_init(&options);
 	BSON_APPEND_BOOL(&options, "ordered", false);
 	BSON_APPEND_BOOL(&options, "validate", false);
-	mongoc_collection_insert_many(insert->collections[insert->namespace], insert->documents + first, count,
-	                              &options, &reply, &error);
+	int64_t begun_ms = clock_monotonic_ms();
+	bool done = mongoc_collection_insert_many(insert->collections[insert->namespace], insert->documents + first,
+	                                          count, &options, &reply, &error);
 	bson_destroy(&options);
-	if (verdict_read(&reply, count, verdicts))
+	if (verdict_read(&reply, count, done ? NULL : &error, verdicts))
 		settle_verdicts(insert, first, count, verdicts);
 	else
-		settle_failure(insert, first, count, &reply, &error);
+		settle_failure(insert, first, count, clock_monotonic_ms() - begun_ms, &reply, &error);
 	bson_destroy(&reply);
 	free(verdicts);
 }

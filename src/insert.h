@@ -39,6 +39,9 @@ struct insert_target {
 	mongoc_client_t *client;
 	const mongoc_write_concern_t *write_concern;
 	const struct config *config;
+	int64_t timeout_ms; /* of a call, after which the driver gives the connection up; 0: none */
+	/* For each collection, when it last answered for what it was given: monotonic, shared by all who write. */
+	_Atomic(int64_t) *taken_at_ms;
 };
 
 /*

@@ -9,7 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-static const char *const cause_names[METRICS_CAUSES] = {"hold_limit", "shutdown", "overload"};
+static const char *const cause_names[METRICS_CAUSES] = {"hold_limit", "shutdown", "overload", "refused"};
 
 uint64_t metrics_total(const uint64_t *counters, int count)
 {

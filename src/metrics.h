@@ -28,6 +28,7 @@ enum metrics_cause {
 	METRICS_HOLD_LIMIT, /* MongoDB was away longer than the connection could be held */
 	METRICS_SHUTDOWN,   /* the service stopped before it was stored */
 	METRICS_OVERLOAD,   /* QoS 0: more than the connection's buffer holds */
+	METRICS_REFUSED,    /* QoS 0: MongoDB answers, and does not take it, nor its dead letter */
 	METRICS_CAUSES
 };
 

@@ -15,16 +15,18 @@ static bool one_of(int code, const int *codes)
 bool mongodb_is_transient(int code)
 {
 	static const int codes[] = {
-	    1,   6,   7,   8,   24,   39,    46,    50,    63,    64,    70,    71,    74,    82,    83,    89,  90,
-	    91,  100, 112, 117, 133,  134,   145,   146,   149,   150,   172,   189,   199,   202,   203,   215, 216,
-	    225, 226, 227, 237, 239,  246,   249,   250,   251,   256,   262,   264,   267,   272,   279,   281, 282,
-	    290, 314, 317, 319, 338,  342,   343,   355,   358,   363,   365,   371,   384,   388,   402,   406, 407,
-	    412, 414, 433, 449, 9001, 10058, 10107, 11600, 11601, 11602, 13388, 13435, 13436, 14031, 16500, 0};
+	    1,     6,     7,     8,     24,    39,    46,    50,    63,    64,    70,    71,    74,       82,
+	    83,    89,    90,    91,    100,   107,   112,   117,   133,   134,   145,   146,   149,      150,
+	    172,   189,   199,   202,   203,   208,   211,   215,   216,   225,   226,   227,   237,      239,
+	    246,   249,   250,   251,   256,   261,   262,   264,   267,   272,   279,   281,   282,      290,
+	    314,   317,   319,   338,   342,   343,   355,   358,   363,   365,   371,   384,   388,      402,
+	    406,   407,   412,   414,   433,   449,   450,   453,   462,   9001,  10058, 10107, 11600,    11601,
+	    11602, 12586, 12587, 13388, 13435, 13436, 14031, 16500, 46841, 50915, 56846, 91331, 10045600, 0};
 	return one_of(code, codes);
 }
 
 /* Unauthorized, AuthenticationFailed, InvalidNamespace, UnknownReplWriteConcern, a view, a hosted service's login; for
- * a command as a whole also BadValue and FailedToParse, which are about its write concern. */
+ * a command as a whole also BadValue and FailedToParse, which are mostly about its write concern. */
 bool mongodb_is_configuration(uint32_t domain, int code)
 {
 	static const int codes[] = {2, 9, 11, 13, 18, 20, 26, 31, 48, 72, 73, 79, 166, 167, 242, 391, 8000, 13297, 0};
@@ -32,13 +34,15 @@ bool mongodb_is_configuration(uint32_t domain, int code)
 	       ((domain == MONGOC_ERROR_SERVER || domain == MONGOC_ERROR_WRITE_CONCERN) && one_of(code, codes));
 }
 
-/* Those of five digits are assertions of the code that looked at the document. */
+/* Those of five digits are assertions of the code that looked at the document: its size, its place on a map, its
+ * language. There are many more of them, not all about documents. */
 bool mongodb_is_about_document(int code)
 {
-	static const int codes[] = {2,  9,  14, 15,  16,  17,  22,  28,  52,  53,  54,  55,  56,
-	                            57, 61, 66, 111, 116, 121, 153, 171, 201, 241, 357, 378, 0};
-	return one_of(code, codes) ||
-	       (code >= 10000 && !mongodb_is_transient(code) && !mongodb_is_configuration(MONGOC_ERROR_SERVER, code));
+	static const int codes[] = {2,     9,     14,    15,    16,    17,    22,    28,    52,    53,    54,    55,
+	                            56,    57,    61,    66,    111,   116,   121,   153,   171,   201,   241,   357,
+	                            378,   10003, 10088, 10334, 13022, 13023, 13026, 13027, 13068, 16244, 16245, 16246,
+	                            16746, 16755, 16756, 16766, 16804, 17261, 17262, 17280, 17419, 17420, 0};
+	return one_of(code, codes);
 }
 
 bool mongodb_is_duplicate_key(int code)
@@ -57,8 +61,9 @@ bool mongodb_is_unmet(int code)
  * such write concern. */
 static bool is_about_server(int code)
 {
-	static const int codes[] = {6,   7,   18,   24,   50,    64,    79,    89,    91,    100,   133,   134,   189,
-	                            202, 262, 8000, 9001, 10058, 10107, 11600, 11601, 11602, 13435, 13436, 14031, 0};
+	static const int codes[] = {6,     7,     18,    24,    50,    64,    79,    89,    91,    100,   133,
+	                            134,   189,   202,   211,   261,   262,   391,   450,   462,   8000,  9001,
+	                            10058, 10107, 11600, 11601, 11602, 13435, 13436, 14031, 46841, 56846, 0};
 	return one_of(code, codes);
 }
 
@@ -75,10 +80,11 @@ static enum mongodb_scope scope_of_code(int code)
 		return MONGODB_DATABASE;
 	if (is_about_size(code))
 		return MONGODB_DOCUMENT;
-	if (mongodb_is_configuration(MONGOC_ERROR_SERVER, code))
-		return MONGODB_NAMESPACE;
-	/* 1 and 8 are what a server says that does not know itself. */
-	return mongodb_is_transient(code) && code != 1 && code != 8 ? MONGODB_NAMESPACE : MONGODB_UNKNOWN;
+	/* What a server says that does not know itself, and BadValue and FailedToParse, which may be about anything. */
+	if (code == 1 || code == 8 || code == 2 || code == 9)
+		return MONGODB_UNKNOWN;
+	return mongodb_is_configuration(MONGOC_ERROR_SERVER, code) || mongodb_is_transient(code) ? MONGODB_NAMESPACE
+	                                                                                         : MONGODB_UNKNOWN;
 }
 
 enum mongodb_scope mongodb_error_scope(const bson_error_t *error)

@@ -28,6 +28,7 @@ enum {
 	RETRY_MOST_MS = 5000,
 	TEST_MOST_MS = 2000,
 	REFUSED_MS = 100,      /* before the next messages, when MongoDB has taken none */
+	REST_MOST_MS = 60000,  /* between two passes */
 	SUSPECTS_MOST = 65536, /* the others are remembered when there is room again */
 	SAY_MS = 60000,        /* between two lines about the spool's size */
 	ERROR_TEXT = 512,
@@ -349,7 +350,7 @@ static void end_pass(struct outbox *outbox)
 	spool_status(outbox->spool, &outbox->status);
 	outbox->rests = outbox->result != SPOOL_OK || outbox->left_behind || outbox->status.messages > 0;
 	if (outbox->rests)
-		pause_drain(outbox, took_ms);
+		pause_drain(outbox, took_ms < REST_MOST_MS ? took_ms : REST_MOST_MS);
 	outbox->after = 0;
 	outbox->left_behind = false;
 }
@@ -428,6 +429,7 @@ static void store_done(uv_work_t *job, int status)
 	metrics_count_batch(outbox->counters, outbox->batch.count);
 	outbox->drain = DRAIN_STORED;
 	if (report->open > 0 && report->away) {
+		outbox->pass_at = uv_now(outbox->loop); /* waiting for MongoDB is no work */
 		outbox->drain = DRAIN_LOADED;
 		pause_drain(outbox, 0);
 	}

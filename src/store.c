@@ -23,9 +23,10 @@ struct store {
 	const struct config *config;
 	mongoc_write_concern_t *write_concern;
 	mongoc_uri_t *uri;
-	pthread_mutex_t lock;       /* guards the making of the pool, and looked */
-	mongoc_client_pool_t *pool; /* NULL until its name has been resolved (mongodb+srv) */
-	bool looked;                /* at consumer.collection, or somebody is about to */
+	pthread_mutex_t lock;                           /* guards the making of the pool, and looked */
+	mongoc_client_pool_t *pool;                     /* NULL until its name has been resolved (mongodb+srv) */
+	bool looked;                                    /* at consumer.collection, or somebody is about to */
+	_Atomic(int64_t) taken_at_ms[STORE_NAMESPACES]; /* see insert.h */
 };
 
 struct store_scratch {
@@ -176,7 +177,11 @@ static size_t mark_tried(struct batch *batch)
 void store_write(struct store *store, struct store_scratch *scratch, struct batch *batch, struct store_report *report)
 {
 	*report = (struct store_report){0};
-	struct insert_target target = {.write_concern = store->write_concern, .config = store->config};
+	struct insert_target target = {
+	    .write_concern = store->write_concern,
+	    .config = store->config,
+	    .timeout_ms = mongoc_uri_get_option_as_int32(store->uri, MONGOC_URI_SOCKETTIMEOUTMS, SOCKET_MS),
+	    .taken_at_ms = store->taken_at_ms};
 	target.client = borrow_client(store, report);
 	if (target.client != NULL) {
 		insert_batch(&target, &scratch->insert, batch, report);

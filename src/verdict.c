@@ -38,30 +38,6 @@ static enum index_named named_by_pattern(const bson_iter_t *pattern)
 	return id ? INDEX_ID : INDEX_OTHER;
 }
 
-static bool ends_with(const char *text, size_t length, const char *end)
-{
-	size_t wanted = strlen(end);
-	return length >= wanted && memcmp(text + length - wanted, end, wanted) == 0;
-}
-
-/* "E11000 duplicate key error collection: plant.messages index: _id_ dup key: …"; the oldest have
- * "index: plant.messages.$_id_". Servers before 4.2, and others that speak the protocol, give no keyPattern. */
-static enum index_named named_by_message(const char *message)
-{
-	static const char before[] = "index: ";
-	const char *name = strstr(message, before);
-	if (name == NULL)
-		return INDEX_UNNAMED;
-	name += sizeof before - 1;
-	size_t length = strcspn(name, " \t\r\n,.;:");
-	if (length == 4 && memcmp(name, "_id_", 4) == 0)
-		return INDEX_ID;
-	size_t whole = strcspn(name, " \t\r\n");
-	if (ends_with(name, whole, ".$_id_"))
-		return INDEX_ID;
-	return whole > 0 ? INDEX_OTHER : INDEX_UNNAMED;
-}
-
 static void read_field(struct write_error *error, const bson_iter_t *field)
 {
 	const char *key = bson_iter_key(field);
@@ -83,8 +59,6 @@ static struct write_error read_write_error(const bson_iter_t *entry)
 		return error;
 	while (bson_iter_next(&field))
 		read_field(&error, &field);
-	if (error.named == INDEX_UNNAMED)
-		error.named = named_by_message(error.message);
 	return error;
 }
 
@@ -144,12 +118,23 @@ static int64_t inserted_count(const bson_t *reply)
 	return bson_iter_init_find(&iter, reply, "insertedCount") ? number(&iter) : -1;
 }
 
-bool verdict_read(const bson_t *reply, size_t count, struct verdict *verdicts)
+/* A call that failed did so because of one of the errors that its reply lists. Anything else speaks against what the
+ * reply counts. */
+static bool explains(const struct verdict *verdicts, size_t count, const bson_error_t *error)
+{
+	for (size_t i = 0; i < count; i++)
+		if (verdicts[i].kind != VERDICT_OPEN && (uint32_t)verdicts[i].code == error->code)
+			return error->domain == MONGOC_ERROR_SERVER;
+	return false;
+}
+
+bool verdict_read(const bson_t *reply, size_t count, const bson_error_t *failed, struct verdict *verdicts)
 {
 	leave_open(verdicts, count);
 	int64_t inserted = inserted_count(reply), listed = read_errors(reply, count, verdicts);
 	if (inserted < 0 || listed < 0 || (uint64_t)inserted + (uint64_t)listed != count ||
-	    has_elements(reply, "writeConcernErrors") || bson_has_field(reply, "writeConcernError")) {
+	    (failed != NULL && !explains(verdicts, count, failed)) || has_elements(reply, "writeConcernErrors") ||
+	    bson_has_field(reply, "writeConcernError")) {
 		leave_open(verdicts, count);
 		return false;
 	}

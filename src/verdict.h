@@ -15,10 +15,10 @@
 #include <stdint.h>
 
 enum verdict_kind {
-	VERDICT_OPEN,     /* nothing is known */
-	VERDICT_INSERTED, /* written, and the write concern met */
-	VERDICT_ID_TAKEN, /* a document with this _id is there */
-	VERDICT_TAKEN,    /* a unique index has its value, and the server does not say which: perhaps the one on _id */
+	VERDICT_OPEN,         /* nothing is known */
+	VERDICT_INSERTED,     /* written, and the write concern met */
+	VERDICT_ID_TAKEN,     /* a document with this _id is there */
+	VERDICT_TAKEN,        /* a unique index has its value, and no keyPattern says which: perhaps the one on _id */
 	VERDICT_UNIQUE_INDEX, /* a unique index other than the one on _id has its value */
 	VERDICT_REFUSED,      /* MongoDB will never take this document */
 	VERDICT_LATER,        /* not this time: transient, or somebody must act */
@@ -32,12 +32,13 @@ struct verdict {
 };
 
 /*
- * Fill `verdicts`, one for each of the `count` documents of the insert. Returns true when the reply accounts for every
- * document: each index it lists is one of theirs, the number of those it does not list is its insertedCount, and no
- * write concern error is among it. Otherwise nothing of it is believed, all are VERDICT_OPEN, and false is returned.
- * Of several errors for one document the first counts.
+ * Fill `verdicts`, one for each of the `count` documents of the insert. `failed` is the error of the call, or NULL if
+ * it did not fail. Returns true when the reply accounts for every document: each index it lists is one of theirs, the
+ * number of those it does not list is its insertedCount, no write concern error is among it, and the call failed, if it
+ * did, with one of the errors that it lists. Otherwise nothing of it is believed, all are VERDICT_OPEN, and false is
+ * returned. Of several errors for one document the first counts.
  */
-bool verdict_read(const bson_t *reply, size_t count, struct verdict *verdicts);
+bool verdict_read(const bson_t *reply, size_t count, const bson_error_t *failed, struct verdict *verdicts);
 
 /* The first write concern error of a reply, as { MONGOC_ERROR_WRITE_CONCERN, code, message }. False when it has none.
  */

@@ -35,17 +35,22 @@ static void scopes(void **state)
 	    {MONGOC_ERROR_BSON, MONGOC_ERROR_BSON_INVALID, MONGODB_DOCUMENT},
 	    {MONGOC_ERROR_COMMAND, MONGOC_ERROR_COMMAND_INVALID_ARG, MONGODB_DOCUMENT},
 	    {MONGOC_ERROR_PROTOCOL, MONGOC_ERROR_PROTOCOL_INVALID_REPLY, MONGODB_UNKNOWN},
-	    {MONGOC_ERROR_SERVER, 10107, MONGODB_DATABASE}, /* NotWritablePrimary */
-	    {MONGOC_ERROR_SERVER, 91, MONGODB_DATABASE},    /* ShutdownInProgress */
-	    {MONGOC_ERROR_SERVER, 11600, MONGODB_DATABASE}, /* InterruptedAtShutdown */
-	    {MONGOC_ERROR_SERVER, 18, MONGODB_DATABASE},    /* AuthenticationFailed */
-	    {MONGOC_ERROR_SERVER, 79, MONGODB_DATABASE},    /* UnknownReplWriteConcern */
-	    {MONGOC_ERROR_SERVER, 13, MONGODB_NAMESPACE},   /* Unauthorized */
-	    {MONGOC_ERROR_SERVER, 73, MONGODB_NAMESPACE},   /* InvalidNamespace */
-	    {MONGOC_ERROR_SERVER, 166, MONGODB_NAMESPACE},  /* CommandNotSupportedOnView */
-	    {MONGOC_ERROR_SERVER, 215, MONGODB_NAMESPACE},  /* DatabaseDropPending */
-	    {MONGOC_ERROR_SERVER, 10334, MONGODB_DOCUMENT}, /* BSONObjectTooLarge */
-	    {MONGOC_ERROR_SERVER, 8, MONGODB_UNKNOWN},      /* UnknownError */
+	    {MONGOC_ERROR_SERVER, 10107, MONGODB_DATABASE},     /* NotWritablePrimary */
+	    {MONGOC_ERROR_SERVER, 91, MONGODB_DATABASE},        /* ShutdownInProgress */
+	    {MONGOC_ERROR_SERVER, 11600, MONGODB_DATABASE},     /* InterruptedAtShutdown */
+	    {MONGOC_ERROR_SERVER, 18, MONGODB_DATABASE},        /* AuthenticationFailed */
+	    {MONGOC_ERROR_SERVER, 79, MONGODB_DATABASE},        /* UnknownReplWriteConcern */
+	    {MONGOC_ERROR_SERVER, 13, MONGODB_NAMESPACE},       /* Unauthorized */
+	    {MONGOC_ERROR_SERVER, 73, MONGODB_NAMESPACE},       /* InvalidNamespace */
+	    {MONGOC_ERROR_SERVER, 166, MONGODB_NAMESPACE},      /* CommandNotSupportedOnView */
+	    {MONGOC_ERROR_SERVER, 215, MONGODB_NAMESPACE},      /* DatabaseDropPending */
+	    {MONGOC_ERROR_SERVER, 10334, MONGODB_DOCUMENT},     /* BSONObjectTooLarge */
+	    {MONGOC_ERROR_SERVER, 462, MONGODB_DATABASE},       /* IngressRequestRateLimitExceeded */
+	    {MONGOC_ERROR_SERVER, 46841, MONGODB_DATABASE},     /* ClientMarkedKilled */
+	    {MONGOC_ERROR_SERVER, 8, MONGODB_UNKNOWN},          /* UnknownError */
+	    {MONGOC_ERROR_SERVER, 2, MONGODB_UNKNOWN},          /* BadValue */
+	    {MONGOC_ERROR_SERVER, 10045600, MONGODB_NAMESPACE}, /* InterruptedDueToFCVChange */
+	    {MONGOC_ERROR_SERVER, 99999, MONGODB_UNKNOWN},
 	    {MONGOC_ERROR_SERVER, 4242, MONGODB_UNKNOWN},
 	    {0, 0, MONGODB_UNKNOWN},
 	};

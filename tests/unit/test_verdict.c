@@ -30,7 +30,7 @@ static void assert_kinds(const char *json, size_t count, const enum verdict_kind
 {
 	struct verdict verdicts[MOST];
 	bson_t *reply = parse(json);
-	assert_true(verdict_read(reply, count, verdicts));
+	assert_true(verdict_read(reply, count, NULL, verdicts));
 	for (size_t i = 0; i < count; i++)
 		if (verdicts[i].kind != kinds[i])
 			fail_msg("%s: document %zu is %d, not %d", json, i, (int)verdicts[i].kind, (int)kinds[i]);
@@ -41,7 +41,7 @@ static void assert_not_believed(const char *json, size_t count)
 {
 	struct verdict verdicts[MOST];
 	bson_t *reply = parse(json);
-	if (verdict_read(reply, count, verdicts))
+	if (verdict_read(reply, count, NULL, verdicts))
 		fail_msg("%s is believed", json);
 	for (size_t i = 0; i < count; i++)
 		assert_int_equal(verdicts[i].kind, VERDICT_OPEN);
@@ -53,7 +53,7 @@ static void each_kind_of_error(void **state)
 	assert_kinds("{\"insertedCount\": 3}", 3,
 	             (enum verdict_kind[]){VERDICT_INSERTED, VERDICT_INSERTED, VERDICT_INSERTED});
 	assert_kinds(
-	    "{\"insertedCount\": 1, \"writeErrors\": [{\"index\": 6, \"code\": 8675309},"
+	    "{\"insertedCount\": 1, \"writeErrors\": [{\"index\": 6, \"code\": 16755},"
 	    "{\"index\": 0, \"code\": 121, \"errmsg\": \"x\"}, {\"index\": 2, \"code\": 11000, \"keyPattern\": "
 	    "{\"_id\": 1}}, {\"index\": 3, \"code\": 11000, \"keyPattern\": {\"payload.n\": 1}}, {\"index\": 4, "
 	    "\"code\": 11000}, {\"index\": 5, \"code\": 112}, {\"index\": 7, \"code\": 3}]}",
@@ -62,32 +62,48 @@ static void each_kind_of_error(void **state)
 	                          VERDICT_TAKEN, VERDICT_LATER, VERDICT_REFUSED, VERDICT_STRANGE});
 }
 
-static void an_index_by_its_message(void **state)
+/* What a server quotes in its text may be the message's own words. */
+static void an_index_is_not_believed_by_a_text(void **state)
 {
-	static const struct {
-		const char *message;
-		enum verdict_kind kind;
-	} cases[] = {
-	    {"E11000 duplicate key error collection: a.b index: _id_ dup key: { _id: 1 }", VERDICT_ID_TAKEN},
-	    {"E11000 duplicate key error index: a.b.$_id_ dup key: { : 1 }", VERDICT_ID_TAKEN},
-	    {"E11000 duplicate key error collection: a.b index: _id_", VERDICT_ID_TAKEN},
-	    {"E11000 duplicate key error collection: a.b index: n_1 dup key: { n: 1 }", VERDICT_UNIQUE_INDEX},
-	    {"E11000 duplicate key error collection: a.b index: _id_2 dup key: { n: 1 }", VERDICT_UNIQUE_INDEX},
-	    {"E11000 duplicate key error collection: a.b. Failed _id or unique index constraint", VERDICT_TAKEN},
-	    {"", VERDICT_TAKEN},
-	    {"index: ", VERDICT_TAKEN},
-	};
-	for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+	static const char *const messages[] = {
+	    "E11000 duplicate key error collection: a.b index: _id_ dup key: { _id: 1 }",
+	    "E11000 duplicate key error collection: a.b index: n_1 dup key: { n: 1 }", ""};
+	for (size_t i = 0; i < sizeof messages / sizeof *messages; i++) {
 		struct verdict verdict;
 		bson_t *reply =
 		    BCON_NEW("insertedCount", BCON_INT32(0), "writeErrors", "[", "{", "index", BCON_INT32(0), "code",
-		             BCON_INT32(11000), "errmsg", BCON_UTF8(cases[i].message), "}", "]");
-		assert_true(verdict_read(reply, 1, &verdict));
-		if (verdict.kind != cases[i].kind)
-			fail_msg("%s: %d", cases[i].message, (int)verdict.kind);
-		assert_string_equal(verdict.message, cases[i].message);
+		             BCON_INT32(11000), "errmsg", BCON_UTF8(messages[i]), "}", "]");
+		assert_true(verdict_read(reply, 1, NULL, &verdict));
+		assert_int_equal(verdict.kind, VERDICT_TAKEN);
+		assert_string_equal(verdict.message, messages[i]);
 		bson_destroy(reply);
 	}
+}
+
+/* The call's own error: one that the reply lists, or nothing of it is believed. */
+static void a_call_that_failed(void **state)
+{
+	static const struct {
+		uint32_t domain, code;
+		bool believed;
+	} cases[] = {
+	    {MONGOC_ERROR_SERVER, 121, true},
+	    {MONGOC_ERROR_SERVER, 91, false},
+	    {MONGOC_ERROR_STREAM, MONGOC_ERROR_STREAM_SOCKET, false},
+	    {MONGOC_ERROR_COLLECTION, 121, false},
+	};
+	struct verdict verdicts[2];
+	bson_t *listed = parse("{\"insertedCount\": 1, \"writeErrors\": [{\"index\": 1, \"code\": 121}]}");
+	bson_t *none = parse("{\"insertedCount\": 2}");
+	for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+		bson_error_t error = {.domain = cases[i].domain, .code = cases[i].code};
+		assert_int_equal(verdict_read(listed, 2, &error, verdicts), cases[i].believed);
+		assert_int_equal(verdicts[0].kind, cases[i].believed ? VERDICT_INSERTED : VERDICT_OPEN);
+		assert_false(verdict_read(none, 2, &error, verdicts));
+		assert_int_equal(verdicts[0].kind, VERDICT_OPEN);
+	}
+	bson_destroy(listed);
+	bson_destroy(none);
 }
 
 static void what_is_not_believed(void **state)
@@ -210,7 +226,7 @@ static void whatever_is_believed_adds_up(void **state)
 		bson_iter_t iter;
 		bson_t reply = BSON_INITIALIZER;
 		random_reply(&reply, count, named);
-		bool told = verdict_read(&reply, count, verdicts);
+		bool told = verdict_read(&reply, count, NULL, verdicts);
 		believed += told;
 		for (size_t i = 0; i < count; i++) {
 			assert_non_null(verdicts[i].message);
@@ -248,9 +264,13 @@ static void a_write_concern_error(void **state)
 int main(void)
 {
 	const struct CMUnitTest tests[] = {
-	    cmocka_unit_test(each_kind_of_error),           cmocka_unit_test(an_index_by_its_message),
-	    cmocka_unit_test(what_is_not_believed),         cmocka_unit_test(an_error_that_is_listed_twice),
-	    cmocka_unit_test(whatever_is_believed_adds_up), cmocka_unit_test(a_write_concern_error),
+	    cmocka_unit_test(each_kind_of_error),
+	    cmocka_unit_test(an_index_is_not_believed_by_a_text),
+	    cmocka_unit_test(a_call_that_failed),
+	    cmocka_unit_test(what_is_not_believed),
+	    cmocka_unit_test(an_error_that_is_listed_twice),
+	    cmocka_unit_test(whatever_is_believed_adds_up),
+	    cmocka_unit_test(a_write_concern_error),
 	};
 	return cmocka_run_group_tests(tests, NULL, NULL);
 }
