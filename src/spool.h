@@ -6,6 +6,10 @@
  * ".lock" behind it) keeps a second service out, while the operator's --spool-status and --spool-export may look.
  *
  * After an I/O error the handle takes nothing more until spool_test() has reopened the file and committed to it.
+ *
+ * Files that somebody deletes, moves or replaces meanwhile are made anew, with every message that is in them, before
+ * anything more is committed or a commit is believed; that is logged as an error. Until it succeeds, and is tried again
+ * by each commit and test, messages can still be read and removed.
  */
 #ifndef MQTT2MONGO_SPOOL_H
 #define MQTT2MONGO_SPOOL_H

@@ -6,6 +6,7 @@
 #define _GNU_SOURCE
 #include "state.h"
 
+#include "directory.h"
 #include "log.h"
 #include "memory.h"
 
@@ -34,22 +35,6 @@ struct state {
 	} locks[ROLES];
 	size_t lock_count;
 };
-
-static bool make_directories(const char *directory)
-{
-	char *path = memory_string(directory);
-	bool made = true;
-	for (char *slash = path + 1; made && *slash != 0; slash++) {
-		if (*slash != '/')
-			continue;
-		*slash = 0;
-		made = mkdir(path, 0755) == 0 || errno == EEXIST;
-		*slash = '/';
-	}
-	made = made && (mkdir(path, 0700) == 0 || errno == EEXIST);
-	free(path);
-	return made;
-}
 
 /* The text of the open file, or NULL with errno. */
 static char *read_whole(FILE *file)
@@ -102,7 +87,7 @@ static bool load(struct state *state)
 
 struct state *state_open(const char *directory, char *error, size_t error_size)
 {
-	if (!make_directories(directory) || access(directory, W_OK | X_OK) != 0) {
+	if (!directory_make(directory) || access(directory, W_OK | X_OK) != 0) {
 		snprintf(error, error_size, "cannot write to the state directory %s: %s; choose another with state_dir",
 		         directory, strerror(errno));
 		return NULL;
@@ -290,16 +275,6 @@ static bool write_durably(int fd, const char *text)
 	return fsync(fd) == 0;
 }
 
-static bool sync_directory(const char *directory)
-{
-	int fd = open(directory, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-	if (fd < 0)
-		return false;
-	bool synced = fsync(fd) == 0;
-	close(fd);
-	return synced;
-}
-
 /* Replace a member of `target` by a copy of the one in `source`, if there is one. */
 static void take_over(cJSON *target, const cJSON *source, const char *name)
 {
@@ -343,7 +318,7 @@ static bool replace_file(struct state *state)
 		close(fd);
 	cJSON_free(text);
 	errno = reason;
-	return written && rename(state->temporary, state->path) == 0 && sync_directory(state->directory);
+	return written && rename(state->temporary, state->path) == 0 && directory_sync(state->directory);
 }
 
 bool state_save(struct state *state, char *error, size_t error_size)
