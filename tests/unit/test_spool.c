@@ -1122,6 +1122,16 @@ static void work_until_killed(int pipe_end, int64_t number)
 	_exit(6);
 }
 
+static void drain(struct spool *spool)
+{
+	struct batch back = {0};
+	for (read_batch(spool, 0, &back, 1000, ALL); back.count > 0; read_batch(spool, 0, &back, 1000, ALL))
+		remove_batch(spool, &back);
+	batch_finish(&back);
+}
+
+/* A kill between the two writes of a transaction's last frame leaves what damage leaves: then those of its rows that
+ * are whole are taken, although nobody was told so far that they are kept. */
 static void killed_at_any_moment(void **state)
 {
 	struct progress last = {0}, progress;
@@ -1148,10 +1158,15 @@ static void killed_at_any_moment(void **state)
 		struct numbers numbers = read_numbers(spool);
 		assert_int_equal(numbers.count, status_of(spool).messages);
 		if (numbers.count > 0) {
-			assert_int_equal(numbers.count, numbers.last - numbers.first + 1);
+			int64_t missing = numbers.last - numbers.first + 1 - numbers.count;
 			assert_true(numbers.last >= last.committed);
+			assert_true(missing == 0 || missing < numbers.last - last.committed);
 			assert_true(numbers.first <= last.removing + 1);
 			last.committed = numbers.last;
+			if (missing > 0) {
+				drain(spool);
+				last.removing = last.committed;
+			}
 		} else {
 			assert_true(last.removing >= last.committed);
 		}
