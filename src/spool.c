@@ -131,7 +131,9 @@ struct identity {
 enum { FILE_ITSELF, FILE_WAL, FILE_INDEX, FILES };
 
 struct spool {
-	char *path, *wal, *index, *lock, *directory;
+	char *configured;                            /* the path as it was given */
+	char *path, *wal, *index, *lock, *directory; /* the same without symbolic links, once `settled` */
+	bool settled;
 	int lock_fd;
 	int64_t configured_size; /* bytes; 0: settled when the spool is opened */
 	sqlite3 *database;       /* NULL: failed */
@@ -192,6 +194,8 @@ static char *describe(sqlite3 *database, int code)
 {
 	int reason = database != NULL ? sqlite3_system_errno(database) : 0;
 	int kind = code & 0xff;
+	if (code == SQLITE_CANTOPEN_SYMLINK)
+		return memory_string("it is a symbolic link; give the file itself as spool.path");
 	bool by_system = reason != 0 && (kind == SQLITE_IOERR || kind == SQLITE_CANTOPEN || kind == SQLITE_FULL);
 	return memory_format("%s%s%s", sqlite3_errstr(code), by_system ? ": " : "", by_system ? strerror(reason) : "");
 }
@@ -248,7 +252,7 @@ static void note_bytes(struct spool *spool)
 	uint64_t bytes = 0;
 	const char *const paths[] = {spool->path, spool->wal, spool->index};
 	for (size_t i = 0; i < sizeof paths / sizeof *paths; i++)
-		bytes += stat(paths[i], &status) == 0 && S_ISREG(status.st_mode) ? (uint64_t)status.st_size : 0;
+		bytes += lstat(paths[i], &status) == 0 && S_ISREG(status.st_mode) ? (uint64_t)status.st_size : 0;
 	atomic_store(&spool->bytes, bytes);
 }
 
@@ -353,7 +357,7 @@ static int64_t count_frames(const struct footprint *footprint)
 static int64_t size_of(const char *path)
 {
 	struct stat status;
-	return stat(path, &status) == 0 ? (int64_t)status.st_size : 0;
+	return lstat(path, &status) == 0 && S_ISREG(status.st_mode) ? (int64_t)status.st_size : 0;
 }
 
 static int64_t largest(int64_t one, int64_t other)
@@ -483,7 +487,7 @@ static void make_file(const char *path)
 
 static int open_file(const char *path, int flags, sqlite3 **database)
 {
-	int code = sqlite3_open_v2(path, database, flags | SQLITE_OPEN_NOMUTEX, NULL);
+	int code = sqlite3_open_v2(path, database, flags | SQLITE_OPEN_NOMUTEX | SQLITE_OPEN_NOFOLLOW, NULL);
 	if (code != SQLITE_OK)
 		return code;
 	sqlite3_extended_result_codes(*database, 1);
@@ -658,7 +662,7 @@ static bool note_files(struct spool *spool)
 /* The whole file in memory, or NULL: there is none, it is empty or cannot be read. */
 static uint8_t *read_whole(const char *path, size_t *length)
 {
-	int fd = open(path, O_RDONLY | O_CLOEXEC);
+	int fd = open(path, O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC);
 	int64_t size = fd >= 0 ? size_of(path) : 0;
 	uint8_t *bytes = NULL;
 	*length = 0;
@@ -765,8 +769,10 @@ static int connect_file(struct spool *spool, bool *full, char **text)
 	*text = NULL;
 	memset(spool->files, 0, sizeof spool->files);
 	make_file(spool->path);
+	struct stat status;
+	bool is_link = lstat(spool->path, &status) == 0 && S_ISLNK(status.st_mode);
 	/* A WAL without its file: SQLite would delete it. */
-	code = is_new && wal_bytes > SPOOL_WAL_HEADER ? SQLITE_CORRUPT : SQLITE_OK;
+	code = is_link ? SQLITE_CANTOPEN_SYMLINK : is_new && wal_bytes > SPOOL_WAL_HEADER ? SQLITE_CORRUPT : SQLITE_OK;
 	if (code == SQLITE_OK)
 		code = open_file(spool->path, SQLITE_OPEN_READWRITE | SQLITE_OPEN_CREATE, &spool->database);
 	if (code == SQLITE_OK)
@@ -869,7 +875,7 @@ static void search_pages(struct recovery *recovery)
 	size_t wal_bytes;
 	uint8_t *wal = read_whole(recovery->spool->wal, &wal_bytes);
 	struct spool_salvage salvage = {
-	    .file = open(recovery->spool->path, O_RDONLY | O_CLOEXEC),
+	    .file = open(recovery->spool->path, O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC),
 	    .wal = wal_bytes > SPOOL_WAL_HEADER ? wal : NULL,
 	    .wal_bytes = wal_bytes,
 	    .least_row = recovery->first_row > 0 ? recovery->first_row : 1,
@@ -882,7 +888,7 @@ static void search_pages(struct recovery *recovery)
 
 static bool sync_file(const char *path)
 {
-	int fd = open(path, O_RDONLY | O_CLOEXEC);
+	int fd = open(path, O_RDONLY | O_NOFOLLOW | O_CLOEXEC);
 	bool synced = fd >= 0 && fsync(fd) == 0;
 	if (fd >= 0)
 		close(fd);
@@ -988,17 +994,65 @@ static bool recover(struct spool *spool, const char *reason)
 
 /* ---- opening and closing ---- */
 
+static void set_paths(struct spool *spool, char *directory)
+{
+	const char *slash = strrchr(spool->configured, '/');
+	const char *name = slash != NULL ? slash + 1 : spool->configured;
+	free(spool->path);
+	free(spool->wal);
+	free(spool->index);
+	free(spool->lock);
+	free(spool->directory);
+	spool->directory = directory;
+	spool->path = memory_format("%s/%s", strcmp(directory, "/") != 0 ? directory : "", name);
+	spool->wal = memory_format("%s-wal", spool->path);
+	spool->index = memory_format("%s-shm", spool->path);
+	spool->lock = memory_format("%s.lock", spool->path);
+}
+
+/* Find out what directory it is, whatever links lead there: SQLite would go by the names each time. */
+static bool settle_directory(struct spool *spool, bool make, bool *refused, char *error, size_t error_size)
+{
+	char reason[512];
+	char *directory = directory_of(spool->configured);
+	char *settled = directory_settle(directory, make, refused, reason, sizeof reason);
+	if (settled != NULL) {
+		set_paths(spool, settled);
+		spool->settled = true;
+	} else {
+		snprintf(error, error_size, "cannot open the spool %s: its directory: %s%s", spool->configured, reason,
+		         *refused ? "; or choose another with spool.path" : "");
+	}
+	free(directory);
+	return settled != NULL;
+}
+
 static long lock_holder(int fd)
 {
 	char text[32] = "";
 	return pread(fd, text, sizeof text - 1, 0) > 0 ? strtol(text, NULL, 10) : 0;
 }
 
-/* False with `error`; *taken: by another process. */
-static bool take_lock(struct spool *spool, bool *taken, char *error, size_t error_size)
+static int open_lock(const struct spool *spool)
 {
-	*taken = false;
-	int fd = open(spool->lock, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+	int directory = directory_open(spool->directory);
+	if (directory < 0)
+		return -1;
+	int fd = directory_open_file(directory, strrchr(spool->lock, '/') + 1, O_RDWR | O_CREAT);
+	int reason = errno;
+	close(directory);
+	errno = reason;
+	return fd;
+}
+
+/* False with `error`; *refused: no retry will help, it is another process's, or in a directory that others may change.
+ */
+static bool take_lock(struct spool *spool, bool *refused, char *error, size_t error_size)
+{
+	*refused = false;
+	if (!spool->settled && !settle_directory(spool, false, refused, error, error_size))
+		return false;
+	int fd = open_lock(spool);
 	if (fd >= 0 && flock(fd, LOCK_EX | LOCK_NB) == 0) {
 		if (ftruncate(fd, 0) == 0)
 			dprintf(fd, "%ld\n", (long)getpid());
@@ -1007,8 +1061,8 @@ static bool take_lock(struct spool *spool, bool *taken, char *error, size_t erro
 		spool->lock_fd = fd;
 		return true;
 	}
-	*taken = fd >= 0 && errno == EWOULDBLOCK;
-	if (*taken)
+	*refused = fd >= 0 && errno == EWOULDBLOCK;
+	if (*refused)
 		snprintf(error, error_size,
 		         "another mqtt2mongo (process %ld) uses the spool %s; give this one its own spool.path or "
 		         "state_dir",
@@ -1194,12 +1248,12 @@ static void report_move(const struct spool *spool, int64_t expected, const char 
 static enum spool_result carry_over(struct spool *spool, char *error, size_t error_size)
 {
 	char *text = NULL, *aside = NULL;
-	bool taken;
+	bool refused;
 	int64_t expected = (int64_t)atomic_load(&spool->messages);
 	int code = SQLITE_IOERR;
-	if (!directory_make(spool->directory))
-		text = memory_string(strerror(errno));
-	else if (!holds_lock(spool) && !take_lock(spool, &taken, error, error_size))
+	/* A link may lead to another directory by now. */
+	if (!settle_directory(spool, true, &refused, error, error_size) ||
+	    (!holds_lock(spool) && !take_lock(spool, &refused, error, error_size)))
 		text = memory_string(error);
 	else if (spool->database == NULL && is_same(spool->copy, identity_of(spool->path)))
 		code = SQLITE_OK;
@@ -1223,19 +1277,19 @@ static enum spool_result carry_over(struct spool *spool, char *error, size_t err
 /* Before something is written. */
 static enum spool_result stay_in_place(struct spool *spool, char *error, size_t error_size)
 {
-	bool taken;
+	bool refused;
 	if (has_moved(spool))
 		return carry_over(spool, error, error_size);
-	return holds_lock(spool) || take_lock(spool, &taken, error, error_size) ? SPOOL_OK : SPOOL_FAILED;
+	return holds_lock(spool) || take_lock(spool, &refused, error, error_size) ? SPOOL_OK : SPOOL_FAILED;
 }
 
 /* Lock, connect, and recover if need be. */
 static enum spool_result attach(struct spool *spool, char *error, size_t error_size)
 {
-	bool taken, full;
+	bool refused, full;
 	if (spool->moved != NULL)
 		return carry_over(spool, error, error_size);
-	if (!holds_lock(spool) && !take_lock(spool, &taken, error, error_size))
+	if (!holds_lock(spool) && !take_lock(spool, &refused, error, error_size))
 		return SPOOL_FAILED;
 	if (!finish_recovery(spool)) {
 		snprintf(error, error_size, "cannot set the damaged spool %s aside: %s", spool->path, strerror(errno));
@@ -1264,26 +1318,15 @@ static enum spool_result attach(struct spool *spool, char *error, size_t error_s
 	return code == SQLITE_OK ? SPOOL_OK : full ? SPOOL_FULL : SPOOL_FAILED;
 }
 
-static char *directory_of(const char *path)
-{
-	const char *slash = strrchr(path, '/');
-	if (slash == NULL)
-		return memory_string(".");
-	return memory_format("%.*s", slash == path ? 1 : (int)(slash - path), path);
-}
-
 struct spool *spool_open(const struct config_spool *config, char *error, size_t error_size)
 {
 	struct spool *spool = memory_zeroed(1, sizeof *spool);
-	bool taken = false;
-	spool->path = memory_string(config->path);
-	spool->wal = memory_format("%s-wal", config->path);
-	spool->index = memory_format("%s-shm", config->path);
-	spool->lock = memory_format("%s.lock", config->path);
-	spool->directory = directory_of(config->path);
+	bool refused = false;
+	spool->configured = memory_string(config->path);
+	set_paths(spool, directory_of(config->path));
 	spool->lock_fd = -1;
 	spool->configured_size = config->max_size_set ? config->max_size : 0;
-	if (!take_lock(spool, &taken, error, error_size) && taken) {
+	if (!take_lock(spool, &refused, error, error_size) && refused) {
 		spool_close(spool);
 		return NULL;
 	}
@@ -1304,6 +1347,7 @@ void spool_close(struct spool *spool)
 	close_untouched(spool->moved);
 	if (spool->lock_fd >= 0)
 		close(spool->lock_fd);
+	free(spool->configured);
 	free(spool->path);
 	free(spool->wal);
 	free(spool->index);

@@ -34,9 +34,9 @@ struct spool_status {
 
 /*
  * Open the spool, or make it. A damaged file is set aside as "….corrupt-TIME", what can be read of it is taken over,
- * counted and logged. Never NULL but when another process holds the lock: then `error` says which and what to do. A
- * file that cannot be used gives a handle whose calls return SPOOL_FAILED until spool_test() succeeds; the log says
- * why.
+ * counted and logged. Never NULL but when another process holds the lock, or when we are root and others may change the
+ * directory: then `error` says which and what to do. A file that cannot be used gives a handle whose calls return
+ * SPOOL_FAILED until spool_test() succeeds; the log says why.
  */
 struct spool *spool_open(const struct config_spool *config, char *error, size_t error_size);
 

@@ -883,7 +883,7 @@ static int on_a_full_file_system(void)
 	if (unshare(CLONE_NEWNS) != 0 && unshare(CLONE_NEWUSER | CLONE_NEWNS) != 0)
 		return 77;
 	if (mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL) != 0 ||
-	    mount("tmpfs", directory, "tmpfs", 0, "size=16m") != 0)
+	    mount("tmpfs", directory, "tmpfs", 0, "size=16m,mode=700") != 0)
 		return 77;
 	/* From the first page on there is no room: it starts, and takes messages when there is some. */
 	fill_disk(filler, false);
@@ -1886,6 +1886,73 @@ static void only_the_lock_is_deleted(void **state)
 	spool_close(spool);
 }
 
+/* ---- what others could put in its place ---- */
+
+static void links_are_not_followed(void **state)
+{
+	static const char content[] = "somebody else's";
+	for (size_t i = 0; i < 4; i++) {
+		size_t length;
+		put_bytes(inside("victim"), 0, content, sizeof content);
+		assert_int_equal(symlink(inside("victim"), with(suffixes[i])), 0);
+		struct spool *spool = open_spool();
+		if (i != 1) /* SQLite deletes a log without a file */
+			assert_unusable(spool, i == 0 ? "symbolic link" : "");
+		uint8_t *kept = content_of(inside("victim"), &length);
+		assert_int_equal(length, sizeof content);
+		assert_memory_equal(kept, content, length);
+		free(kept);
+		assert_true(unlink(with(suffixes[i])) == 0 || i == 1);
+		assert_usable(spool);
+		spool_close(spool);
+		for (size_t j = 0; j < 4; j++)
+			unlink(with(suffixes[j]));
+	}
+}
+
+/* As systemd's DynamicUser has it; later the link leads to another directory, on a larger disk. */
+static void a_link_to_the_directory(void **state)
+{
+	assert_int_equal(mkdir(inside("one"), 0700), 0);
+	assert_int_equal(symlink("one", inside("sub")), 0);
+	snprintf(path, sizeof path, "%s/sub/spool.db", directory);
+	struct spool *spool = open_with_some();
+	assert_int_equal(rename(inside("one"), inside("two")), 0);
+	assert_int_equal(unlink(inside("sub")), 0);
+	assert_int_equal(symlink("two", inside("sub")), 0);
+	commit_numbers(spool, 51, 60, 10, 100);
+	assert_numbers(spool, 11, 60);
+	assert_int_equal(access(inside("two/spool.db"), F_OK), 0);
+	spool_close(spool);
+	spool = open_spool();
+	assert_numbers(spool, 11, 60);
+	spool_close(spool);
+}
+
+static void a_directory_of_somebody_else(void **state)
+{
+	struct config_spool config = config_of(10 * MIB);
+	if (geteuid() != 0)
+		return;
+	for (int i = 0; i < 2; i++) {
+		assert_int_equal(chown(directory, i == 0 ? NOBODY : 0, NOBODY), 0);
+		assert_int_equal(chmod(directory, i == 0 ? 0700 : 0777), 0);
+		assert_null(spool_open(&config, error, sizeof error));
+		assert_non_null(strstr(error, path));
+		assert_non_null(strstr(error, i == 0 ? "as that user" : "chmod go-w"));
+		assert_non_null(strstr(error, "spool.path"));
+		assert_int_equal(count_files("spool"), 0);
+	}
+	pid_t child = start_child();
+	if (child == 0) {
+		if (setresgid(NOBODY, NOBODY, NOBODY) != 0 || setresuid(NOBODY, NOBODY, NOBODY) != 0)
+			_exit(1);
+		assert_usable(open_spool());
+		_exit(0);
+	}
+	assert_int_equal(child_status(child), 0);
+}
+
 #define TEST(name) cmocka_unit_test_setup_teardown(name, make_directory, remove_directory)
 
 int main(void)
@@ -1940,6 +2007,9 @@ int main(void)
 	    TEST(moved_and_an_error),
 	    TEST(moved_and_another_came),
 	    TEST(only_the_lock_is_deleted),
+	    TEST(links_are_not_followed),
+	    TEST(a_link_to_the_directory),
+	    TEST(a_directory_of_somebody_else),
 	    TEST(a_reader_that_stays),
 	};
 	return cmocka_run_group_tests(tests, NULL, NULL);
