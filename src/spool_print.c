@@ -292,7 +292,8 @@ static int print_some(sqlite3_stmt *statement, int64_t *after, struct buffer *ou
 			++*damaged;
 	}
 	sqlite3_reset(statement);
-	fwrite(out->data, 1, out->length, stdout);
+	if (out->length > 0)
+		fwrite(out->data, 1, out->length, stdout);
 	return code;
 }
 
