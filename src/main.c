@@ -14,6 +14,7 @@
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 extern char **environ;
@@ -27,6 +28,7 @@ enum { MAPPED_FROM = 1024 * 1024 };
  * them in heaps of each thread: a few large payloads, and the service would stay large for ever.
  * - The driver keeps counters in shared memory under the process id. Unnamed, they go with the process however it ends;
  * left behind, they would make the next process of that id complain before our log exists.
+ * - What we and our libraries make is for us alone.
  * - Asking for the sums before the service listens must not end it.
  */
 static void prepare_process(void)
@@ -35,6 +37,7 @@ static void prepare_process(void)
 	mallopt(M_MMAP_THRESHOLD, MAPPED_FROM);
 	snprintf(counters, sizeof counters, "/mongoc-%u", (unsigned)getpid());
 	shm_unlink(counters);
+	umask(077);
 	signal(SIGUSR1, SIG_IGN);
 	signal(SIGHUP, SIG_IGN);
 }

@@ -28,15 +28,24 @@
  *   PATH.recovering   being filled; worth nothing
  *   PATH.recovered    complete and on disk; while it exists, PATH is the damaged one
  *   PATH, PATH-wal    renamed to PATH.corrupt-TIME, then PATH.recovered renamed to PATH
+ *
+ * Moved. SQLite goes on in a file that was deleted, renamed or replaced, and nobody will find there what it has. So
+ * after each commit, before it is believed, and before the next, it is asked whether the names still lead to the files
+ * that are open: the file, its WAL, its index. If not, the transaction is taken back, and every row that the open file
+ * has is carried over, as it is, into a new one by the steps above (what is at PATH being renamed to
+ * PATH.replaced-TIME, unless it is ours), which must take a commit; then the transaction is made again there. Until
+ * that succeeds nothing is taken, but the open file is kept, and what is in it can be read and removed.
  */
 #define _GNU_SOURCE
 #include "spool.h"
 
 #include "clock.h"
+#include "directory.h"
 #include "log.h"
 #include "memory.h"
 #include "spool_row.h"
 
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
@@ -113,13 +122,26 @@ static const char *const SQL[STATEMENTS] = {
     [FREE_PAGES] = "PRAGMA freelist_count",
 };
 
+/* Which file it is, whatever its name: as long as somebody has it open, no other can be the same. */
+struct identity {
+	dev_t device;
+	ino_t inode; /* 0: there is none */
+};
+
+enum { FILE_ITSELF, FILE_WAL, FILE_INDEX, FILES };
+
 struct spool {
-	char *path, *wal, *index, *lock, *directory;
+	char *configured;                            /* the path as it was given */
+	char *path, *wal, *index, *lock, *directory; /* the same without symbolic links, once `settled` */
+	bool settled;
 	int lock_fd;
 	int64_t configured_size; /* bytes; 0: settled when the spool is opened */
 	sqlite3 *database;       /* NULL: failed */
 	sqlite3_stmt *statements[STATEMENTS];
-	bool damaged; /* the file, by what SQLite said */
+	struct identity files[FILES]; /* that the connection has open */
+	sqlite3 *moved;       /* a connection to a file that is not in place any more, with rows to carry over */
+	struct identity copy; /* the file that has all rows of `moved` */
+	bool damaged;         /* the file, by what SQLite said */
 	int64_t next_row;
 	int64_t wal_frames; /* in use, at most */
 	int64_t refused;    /* frames that the transaction needed for which there was no room, or 0 */
@@ -172,19 +194,55 @@ static char *describe(sqlite3 *database, int code)
 {
 	int reason = database != NULL ? sqlite3_system_errno(database) : 0;
 	int kind = code & 0xff;
+	if (code == SQLITE_CANTOPEN_SYMLINK)
+		return memory_string("it is a symbolic link; give the file itself as spool.path");
 	bool by_system = reason != 0 && (kind == SQLITE_IOERR || kind == SQLITE_CANTOPEN || kind == SQLITE_FULL);
 	return memory_format("%s%s%s", sqlite3_errstr(code), by_system ? ": " : "", by_system ? strerror(reason) : "");
 }
 
+static struct identity identity_of(const char *path)
+{
+	struct stat status;
+	if (lstat(path, &status) != 0)
+		return (struct identity){0};
+	return (struct identity){.device = status.st_dev, .inode = status.st_ino};
+}
+
+static bool is_same(struct identity one, struct identity other)
+{
+	return one.device == other.device && one.inode == other.inode && one.inode != 0;
+}
+
+/* Whether the connection has its files open under names that lead elsewhere by now, or nowhere. */
+static bool has_moved(const struct spool *spool)
+{
+	const char *const paths[FILES] = {spool->path, spool->wal, spool->index};
+	for (int i = 0; i < FILES; i++)
+		if (!is_same(identity_of(paths[i]), spool->files[i]))
+			return true;
+	return false;
+}
+
+static void close_untouched(sqlite3 *database)
+{
+	if (database != NULL)
+		sqlite3_db_config(database, SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1, NULL);
+	sqlite3_close_v2(database);
+}
+
+/* End the connection. What cannot be found again by its name is kept until its rows have been carried over. */
 static void detach(struct spool *spool)
 {
 	for (int i = 0; i < STATEMENTS; i++)
 		sqlite3_finalize(spool->statements[i]);
 	memset(spool->statements, 0, sizeof spool->statements);
-	/* A damaged file is left as it is, with its WAL. */
-	if (spool->database != NULL && spool->damaged)
-		sqlite3_db_config(spool->database, SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1, NULL);
-	sqlite3_close_v2(spool->database);
+	bool known = spool->database != NULL && spool->files[FILE_ITSELF].inode != 0;
+	if (known && spool->moved == NULL && has_moved(spool))
+		spool->moved = spool->database;
+	else if (spool->damaged || spool->moved != NULL) /* left as they are, with the WAL */
+		close_untouched(spool->database);
+	else
+		sqlite3_close_v2(spool->database);
 	spool->database = NULL;
 }
 
@@ -194,7 +252,7 @@ static void note_bytes(struct spool *spool)
 	uint64_t bytes = 0;
 	const char *const paths[] = {spool->path, spool->wal, spool->index};
 	for (size_t i = 0; i < sizeof paths / sizeof *paths; i++)
-		bytes += stat(paths[i], &status) == 0 && S_ISREG(status.st_mode) ? (uint64_t)status.st_size : 0;
+		bytes += lstat(paths[i], &status) == 0 && S_ISREG(status.st_mode) ? (uint64_t)status.st_size : 0;
 	atomic_store(&spool->bytes, bytes);
 }
 
@@ -299,7 +357,7 @@ static int64_t count_frames(const struct footprint *footprint)
 static int64_t size_of(const char *path)
 {
 	struct stat status;
-	return stat(path, &status) == 0 ? (int64_t)status.st_size : 0;
+	return lstat(path, &status) == 0 && S_ISREG(status.st_mode) ? (int64_t)status.st_size : 0;
 }
 
 static int64_t largest(int64_t one, int64_t other)
@@ -419,16 +477,6 @@ static int on_wal(void *owner, sqlite3 *database, const char *name, int frames)
 
 /* ---- a connection ---- */
 
-static bool sync_directory(const struct spool *spool)
-{
-	int fd = open(spool->directory, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-	if (fd < 0)
-		return false;
-	bool synced = fsync(fd) == 0;
-	close(fd);
-	return synced;
-}
-
 /* SQLite would make it readable to others. */
 static void make_file(const char *path)
 {
@@ -439,7 +487,7 @@ static void make_file(const char *path)
 
 static int open_file(const char *path, int flags, sqlite3 **database)
 {
-	int code = sqlite3_open_v2(path, database, flags | SQLITE_OPEN_NOMUTEX, NULL);
+	int code = sqlite3_open_v2(path, database, flags | SQLITE_OPEN_NOMUTEX | SQLITE_OPEN_NOFOLLOW, NULL);
 	if (code != SQLITE_OK)
 		return code;
 	sqlite3_extended_result_codes(*database, 1);
@@ -585,10 +633,36 @@ static int prepare(struct spool *spool)
 	return code;
 }
 
+/* Whether this process has that file open. Where that cannot be told it is believed. */
+static bool is_open_here(struct identity file)
+{
+	DIR *entries = opendir("/proc/self/fd");
+	bool found = entries == NULL;
+	struct stat status;
+	for (const struct dirent *entry; !found && (entry = readdir(entries)) != NULL;)
+		found = fstatat(dirfd(entries), entry->d_name, &status, 0) == 0 && status.st_ino == file.inode &&
+		        status.st_dev == file.device;
+	if (entries != NULL)
+		closedir(entries);
+	return found;
+}
+
+/* Remember which files SQLite has opened. False: somebody was quicker, and what the names lead to is not them. */
+static bool note_files(struct spool *spool)
+{
+	const char *const paths[FILES] = {spool->path, spool->wal, spool->index};
+	bool ours = true;
+	for (int i = 0; i < FILES; i++) {
+		spool->files[i] = identity_of(paths[i]);
+		ours = ours && is_open_here(spool->files[i]);
+	}
+	return ours;
+}
+
 /* The whole file in memory, or NULL: there is none, it is empty or cannot be read. */
 static uint8_t *read_whole(const char *path, size_t *length)
 {
-	int fd = open(path, O_RDONLY | O_CLOEXEC);
+	int fd = open(path, O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC);
 	int64_t size = fd >= 0 ? size_of(path) : 0;
 	uint8_t *bytes = NULL;
 	*length = 0;
@@ -693,16 +767,21 @@ static int connect_file(struct spool *spool, bool *full, char **text)
 	int code;
 	*full = false;
 	*text = NULL;
+	memset(spool->files, 0, sizeof spool->files);
 	make_file(spool->path);
+	struct stat status;
+	bool is_link = lstat(spool->path, &status) == 0 && S_ISLNK(status.st_mode);
 	/* A WAL without its file: SQLite would delete it. */
-	code = is_new && wal_bytes > SPOOL_WAL_HEADER ? SQLITE_CORRUPT : SQLITE_OK;
+	code = is_link ? SQLITE_CANTOPEN_SYMLINK : is_new && wal_bytes > SPOOL_WAL_HEADER ? SQLITE_CORRUPT : SQLITE_OK;
 	if (code == SQLITE_OK)
 		code = open_file(spool->path, SQLITE_OPEN_READWRITE | SQLITE_OPEN_CREATE, &spool->database);
 	if (code == SQLITE_OK)
 		code = prepare(spool);
+	if (code == SQLITE_OK && !note_files(spool))
+		code = SQLITE_CANTOPEN;
 	if (code == SQLITE_OK)
 		code = begin_use(spool, wal, wal_bytes);
-	if (code == SQLITE_OK && !sync_directory(spool))
+	if (code == SQLITE_OK && !directory_sync(spool->directory))
 		code = SQLITE_IOERR_DIR_FSYNC;
 	/* Tables that are not ours, or not any more. */
 	if ((code & 0xff) == SQLITE_ERROR)
@@ -796,7 +875,7 @@ static void search_pages(struct recovery *recovery)
 	size_t wal_bytes;
 	uint8_t *wal = read_whole(recovery->spool->wal, &wal_bytes);
 	struct spool_salvage salvage = {
-	    .file = open(recovery->spool->path, O_RDONLY | O_CLOEXEC),
+	    .file = open(recovery->spool->path, O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC),
 	    .wal = wal_bytes > SPOOL_WAL_HEADER ? wal : NULL,
 	    .wal_bytes = wal_bytes,
 	    .least_row = recovery->first_row > 0 ? recovery->first_row : 1,
@@ -809,7 +888,7 @@ static void search_pages(struct recovery *recovery)
 
 static bool sync_file(const char *path)
 {
-	int fd = open(path, O_RDONLY | O_CLOEXEC);
+	int fd = open(path, O_RDONLY | O_NOFOLLOW | O_CLOEXEC);
 	bool synced = fd >= 0 && fsync(fd) == 0;
 	if (fd >= 0)
 		close(fd);
@@ -828,25 +907,33 @@ static int finish_target(struct recovery *recovery)
 	return code;
 }
 
-/* See the head of this file. Names the damaged file, for the log. */
-static bool put_in_place(struct spool *spool, char **aside)
+/* A name beside the file that says what has become of it and when, and is not taken. Allocated. */
+static char *name_aside(const struct spool *spool, const char *kind)
 {
-	char *recovered = memory_format("%s.recovered", spool->path), time_text[32];
+	char time_text[32];
 	time_t now = time(NULL);
 	struct tm parts;
 	strftime(time_text, sizeof time_text, "%Y%m%dT%H%M%SZ", gmtime_r(&now, &parts));
-	*aside = memory_format("%s.corrupt-%s", spool->path, time_text);
-	for (int i = 2; access(*aside, F_OK) == 0; i++) {
-		free(*aside);
-		*aside = memory_format("%s.corrupt-%s-%d", spool->path, time_text, i);
+	char *aside = memory_format("%s.%s-%s", spool->path, kind, time_text);
+	for (int i = 2; access(aside, F_OK) == 0; i++) {
+		free(aside);
+		aside = memory_format("%s.%s-%s-%d", spool->path, kind, time_text, i);
 	}
+	return aside;
+}
+
+/* See the head of this file. Names the file that was there, for the log. */
+static bool put_in_place(struct spool *spool, const char *kind, char **aside)
+{
+	char *recovered = memory_format("%s.recovered", spool->path);
+	*aside = name_aside(spool, kind);
 	char *aside_wal = memory_format("%s-wal", *aside);
 	if (size_of(spool->wal) == 0)
 		unlink(spool->wal);
 	bool done = (rename(spool->path, *aside) == 0 || errno == ENOENT) &&
 	            (rename(spool->wal, aside_wal) == 0 || errno == ENOENT) &&
-	            (unlink(spool->index) == 0 || errno == ENOENT) && sync_directory(spool) &&
-	            rename(recovered, spool->path) == 0 && sync_directory(spool);
+	            (unlink(spool->index) == 0 || errno == ENOENT) && directory_sync(spool->directory) &&
+	            rename(recovered, spool->path) == 0 && directory_sync(spool->directory);
 	free(aside_wal);
 	free(recovered);
 	return done;
@@ -856,7 +943,7 @@ static bool put_in_place(struct spool *spool, char **aside)
 static bool finish_recovery(struct spool *spool)
 {
 	char *recovered = memory_format("%s.recovered", spool->path), *aside = NULL;
-	bool done = access(recovered, F_OK) != 0 || put_in_place(spool, &aside);
+	bool done = access(recovered, F_OK) != 0 || put_in_place(spool, "corrupt", &aside);
 	free(recovered);
 	free(aside);
 	return done;
@@ -892,7 +979,7 @@ static bool recover(struct spool *spool, const char *reason)
 	sqlite3_finalize(recovery.insert);
 	sqlite3_close_v2(recovery.target);
 	bool done = code == SQLITE_OK && sync_file(recovery.path) && rename(recovery.path, recovered) == 0 &&
-	            sync_directory(spool) && put_in_place(spool, &aside);
+	            directory_sync(spool->directory) && put_in_place(spool, "corrupt", &aside);
 	int failure = code == SQLITE_OK ? errno : is_full(NULL, code) ? ENOSPC : system_error;
 	if (done)
 		report_recovery(&recovery, reason, aside);
@@ -907,25 +994,75 @@ static bool recover(struct spool *spool, const char *reason)
 
 /* ---- opening and closing ---- */
 
+static void set_paths(struct spool *spool, char *directory)
+{
+	const char *slash = strrchr(spool->configured, '/');
+	const char *name = slash != NULL ? slash + 1 : spool->configured;
+	free(spool->path);
+	free(spool->wal);
+	free(spool->index);
+	free(spool->lock);
+	free(spool->directory);
+	spool->directory = directory;
+	spool->path = memory_format("%s/%s", strcmp(directory, "/") != 0 ? directory : "", name);
+	spool->wal = memory_format("%s-wal", spool->path);
+	spool->index = memory_format("%s-shm", spool->path);
+	spool->lock = memory_format("%s.lock", spool->path);
+}
+
+/* Find out what directory it is, whatever links lead there: SQLite would go by the names each time. */
+static bool settle_directory(struct spool *spool, bool make, bool *refused, char *error, size_t error_size)
+{
+	char reason[512];
+	char *directory = directory_of(spool->configured);
+	char *settled = directory_settle(directory, make, refused, reason, sizeof reason);
+	if (settled != NULL) {
+		set_paths(spool, settled);
+		spool->settled = true;
+	} else {
+		snprintf(error, error_size, "cannot open the spool %s: its directory: %s%s", spool->configured, reason,
+		         *refused ? "; or choose another with spool.path" : "");
+	}
+	free(directory);
+	return settled != NULL;
+}
+
 static long lock_holder(int fd)
 {
 	char text[32] = "";
 	return pread(fd, text, sizeof text - 1, 0) > 0 ? strtol(text, NULL, 10) : 0;
 }
 
-/* False with `error`; *taken: by another process. */
-static bool take_lock(struct spool *spool, bool *taken, char *error, size_t error_size)
+static int open_lock(const struct spool *spool)
 {
-	*taken = false;
-	int fd = open(spool->lock, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+	int directory = directory_open(spool->directory);
+	if (directory < 0)
+		return -1;
+	int fd = directory_open_file(directory, strrchr(spool->lock, '/') + 1, O_RDWR | O_CREAT);
+	int reason = errno;
+	close(directory);
+	errno = reason;
+	return fd;
+}
+
+/* False with `error`; *refused: no retry will help, it is another process's, or in a directory that others may change.
+ */
+static bool take_lock(struct spool *spool, bool *refused, char *error, size_t error_size)
+{
+	*refused = false;
+	if (!spool->settled && !settle_directory(spool, false, refused, error, error_size))
+		return false;
+	int fd = open_lock(spool);
 	if (fd >= 0 && flock(fd, LOCK_EX | LOCK_NB) == 0) {
 		if (ftruncate(fd, 0) == 0)
 			dprintf(fd, "%ld\n", (long)getpid());
+		if (spool->lock_fd >= 0) /* of a lock that somebody has deleted */
+			close(spool->lock_fd);
 		spool->lock_fd = fd;
 		return true;
 	}
-	*taken = fd >= 0 && errno == EWOULDBLOCK;
-	if (*taken)
+	*refused = fd >= 0 && errno == EWOULDBLOCK;
+	if (*refused)
 		snprintf(error, error_size,
 		         "another mqtt2mongo (process %ld) uses the spool %s; give this one its own spool.path or "
 		         "state_dir",
@@ -935,6 +1072,14 @@ static bool take_lock(struct spool *spool, bool *taken, char *error, size_t erro
 	if (fd >= 0)
 		close(fd);
 	return false;
+}
+
+/* Whether nobody else can take the lock: the file that is locked is the one that others would lock. */
+static bool holds_lock(const struct spool *spool)
+{
+	struct stat status;
+	return spool->lock_fd >= 0 && fstat(spool->lock_fd, &status) == 0 &&
+	       is_same(identity_of(spool->lock), (struct identity){.device = status.st_dev, .inode = status.st_ino});
 }
 
 /* spool.max_size, or the smaller of 1 GiB and a quarter of what is free, of which the spool itself is a part. */
@@ -950,11 +1095,201 @@ static void settle_size(struct spool *spool)
 	atomic_store(&spool->max_size, (uint64_t)largest(size, SMALLEST_BYTES));
 }
 
+/* ---- a file that is not in place any more ---- */
+
+/* Copy the rows below `end`, each column as it is. What damage hides is left out. */
+static int copy_table(struct recovery *recovery, const char *table, int64_t end, int64_t *copied)
+{
+	sqlite3_stmt *from = NULL, *into = NULL;
+	char *read = memory_format("SELECT " SPOOL_COLUMN_NAMES " FROM %s WHERE row < ? ORDER BY row", table);
+	char *insert =
+	    memory_format("INSERT INTO %s (" SPOOL_COLUMN_NAMES ") VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", table);
+	int code = sqlite3_prepare_v2(recovery->source, read, -1, &from, NULL);
+	recovery->code = sqlite3_prepare_v2(recovery->target, insert, -1, &into, NULL);
+	sqlite3_bind_int64(from, 1, end);
+	while (code == SQLITE_OK && recovery->code == SQLITE_OK && (code = sqlite3_step(from)) == SQLITE_ROW) {
+		for (int i = 0; i < SPOOL_COLUMNS; i++)
+			sqlite3_bind_value(into, i + 1, sqlite3_column_value(from, i));
+		code = SQLITE_OK;
+		recovery->code = sqlite3_step(into);
+		sqlite3_reset(into);
+		if (recovery->code == SQLITE_DONE) {
+			recovery->code = SQLITE_OK;
+			++*copied;
+		}
+	}
+	sqlite3_finalize(from);
+	sqlite3_finalize(into);
+	free(read);
+	free(insert);
+	return code == SQLITE_OK || code == SQLITE_DONE || is_damage(code) ? SQLITE_OK : code;
+}
+
+/* Whether the disk has room for all that the open file has. */
+static bool has_room_for_copy(const struct spool *spool, sqlite3 *source)
+{
+	struct statvfs disk;
+	int code;
+	int64_t pages = ask_number(source, "PRAGMA page_count", &code), unused = 0;
+	if (code == SQLITE_OK)
+		unused = ask_number(source, "PRAGMA freelist_count", &code);
+	return code != SQLITE_OK || statvfs(spool->directory, &disk) != 0 ||
+	       (int64_t)disk.f_bavail * (int64_t)disk.f_frsize >= (pages - unused) * SPOOL_PAGE + RESERVE_BYTES;
+}
+
+/* Write PATH.recovered from the open file. SQLITE_OK, or the error of either file in words. */
+static int copy_file(struct spool *spool, sqlite3 *source, char **text)
+{
+	struct recovery recovery = {
+	    .spool = spool, .source = source, .path = memory_format("%s.recovering", spool->path)};
+	char *recovered = memory_format("%s.recovered", spool->path);
+	int64_t set_aside = 0;
+	int code = make_target(&recovery);
+	if (code == SQLITE_OK)
+		code = copy_table(&recovery, "message", spool->next_row, &recovery.recovered);
+	if (code == SQLITE_OK && recovery.code == SQLITE_OK)
+		code = copy_table(&recovery, "damaged", INT64_MAX, &set_aside);
+	bool unread = code != SQLITE_OK;
+	if (code == SQLITE_OK)
+		code = finish_target(&recovery);
+	if (code != SQLITE_OK)
+		*text = describe(unread ? source : recovery.target, code);
+	bool full = !unread && is_full(recovery.target, code);
+	sqlite3_finalize(recovery.insert);
+	sqlite3_close_v2(recovery.target);
+	if (code == SQLITE_OK &&
+	    (!sync_file(recovery.path) || rename(recovery.path, recovered) != 0 || !directory_sync(spool->directory))) {
+		code = SQLITE_IOERR;
+		*text = memory_string(strerror(errno));
+	}
+	if (code == SQLITE_OK)
+		spool->copy = identity_of(recovered);
+	else
+		unlink(recovery.path);
+	free(recovered);
+	free(recovery.path);
+	return full ? SQLITE_FULL : code;
+}
+
+/* Make a copy of the open file and give it its place. What of ours is there still has nothing that the copy has not;
+ * somebody else's file is set aside: *aside. */
+static int replace_moved(struct spool *spool, char **aside, char **text)
+{
+	struct identity there = identity_of(spool->path);
+	bool foreign = there.inode != 0 && !is_same(there, spool->files[FILE_ITSELF]) && !is_same(there, spool->copy);
+	sqlite3 *source = spool->database != NULL ? spool->database : spool->moved;
+	if (!has_room_for_copy(spool, source)) {
+		*text = memory_string("the disk has no room for a copy");
+		return SQLITE_FULL;
+	}
+	int code = copy_file(spool, source, text);
+	if (code != SQLITE_OK)
+		return code;
+	if (!foreign) {
+		unlink(spool->path);
+		unlink(spool->wal);
+	}
+	if (!put_in_place(spool, "replaced", aside)) {
+		*text = memory_format("cannot rename the copy: %s", strerror(errno));
+		code = SQLITE_IOERR;
+	}
+	if (!foreign) {
+		free(*aside);
+		*aside = NULL;
+	}
+	return code;
+}
+
+/* Connect to the copy, which must take a commit. The rows that were carried over are nowhere else then. */
+static int adopt_copy(struct spool *spool, char **text)
+{
+	bool full;
+	detach(spool);
+	spool->damaged = false;
+	int code = connect_file(spool, &full, text);
+	if (code == SQLITE_OK && (code = run(spool, TEST)) != SQLITE_OK) {
+		full = is_full(spool->database, code);
+		*text = describe(spool->database, code);
+	}
+	if (code == SQLITE_OK && has_moved(spool)) {
+		code = SQLITE_IOERR;
+		*text = memory_string("it was moved again");
+	}
+	if (code != SQLITE_OK) {
+		if (is_damage(code))
+			spool->copy = (struct identity){0}; /* to be made again */
+		spool->damaged = false;
+		detach(spool);
+		return full ? SQLITE_FULL : code;
+	}
+	close_untouched(spool->moved);
+	spool->moved = NULL;
+	spool->copy = (struct identity){0};
+	return SQLITE_OK;
+}
+
+static void report_move(const struct spool *spool, int64_t expected, const char *aside)
+{
+	int64_t messages = (int64_t)atomic_load(&spool->messages);
+	char unread[64] = "";
+	if (messages < expected)
+		snprintf(unread, sizeof unread, ", %" PRId64 " could not be read", expected - messages);
+	log_error(
+	    "spool",
+	    "%s was deleted, moved or replaced while it was in use; it was made anew, and the %" PRId64
+	    " messages in it were carried over%s%s%s. Leave the spool's files alone while the service runs, and use "
+	    "--spool-export to look at them",
+	    spool->path, messages, unread, aside != NULL ? "; the file found in its place was set aside as " : "",
+	    aside != NULL ? aside : "");
+}
+
+/* The connection's files have moved, or spool->moved has some that have: go on in new ones, with all rows. When that
+ * cannot be done, what can still be read and removed by this connection stays so. */
+static enum spool_result carry_over(struct spool *spool, char *error, size_t error_size)
+{
+	char *text = NULL, *aside = NULL;
+	bool refused;
+	int64_t expected = (int64_t)atomic_load(&spool->messages);
+	int code = SQLITE_IOERR;
+	/* A link may lead to another directory by now. */
+	if (!settle_directory(spool, true, &refused, error, error_size) ||
+	    (!holds_lock(spool) && !take_lock(spool, &refused, error, error_size)))
+		text = memory_string(error);
+	else if (spool->database == NULL && is_same(spool->copy, identity_of(spool->path)))
+		code = SQLITE_OK;
+	else
+		code = replace_moved(spool, &aside, &text);
+	if (code == SQLITE_OK)
+		code = adopt_copy(spool, &text);
+	if (code == SQLITE_OK)
+		report_move(spool, expected, aside);
+	else
+		snprintf(error, error_size,
+		         "the spool %s was deleted, moved or replaced while it was in use and cannot be made anew: %s; "
+		         "until then %" PRId64 " messages are only in this process: mend that before you stop it",
+		         spool->path, text, expected);
+	note_bytes(spool);
+	free(text);
+	free(aside);
+	return code == SQLITE_OK ? SPOOL_OK : code == SQLITE_FULL ? SPOOL_FULL : SPOOL_FAILED;
+}
+
+/* Before something is written. */
+static enum spool_result stay_in_place(struct spool *spool, char *error, size_t error_size)
+{
+	bool refused;
+	if (has_moved(spool))
+		return carry_over(spool, error, error_size);
+	return holds_lock(spool) || take_lock(spool, &refused, error, error_size) ? SPOOL_OK : SPOOL_FAILED;
+}
+
 /* Lock, connect, and recover if need be. */
 static enum spool_result attach(struct spool *spool, char *error, size_t error_size)
 {
-	bool taken, full;
-	if (spool->lock_fd < 0 && !take_lock(spool, &taken, error, error_size))
+	bool refused, full;
+	if (spool->moved != NULL)
+		return carry_over(spool, error, error_size);
+	if (!holds_lock(spool) && !take_lock(spool, &refused, error, error_size))
 		return SPOOL_FAILED;
 	if (!finish_recovery(spool)) {
 		snprintf(error, error_size, "cannot set the damaged spool %s aside: %s", spool->path, strerror(errno));
@@ -983,26 +1318,15 @@ static enum spool_result attach(struct spool *spool, char *error, size_t error_s
 	return code == SQLITE_OK ? SPOOL_OK : full ? SPOOL_FULL : SPOOL_FAILED;
 }
 
-static char *directory_of(const char *path)
-{
-	const char *slash = strrchr(path, '/');
-	if (slash == NULL)
-		return memory_string(".");
-	return memory_format("%.*s", slash == path ? 1 : (int)(slash - path), path);
-}
-
 struct spool *spool_open(const struct config_spool *config, char *error, size_t error_size)
 {
 	struct spool *spool = memory_zeroed(1, sizeof *spool);
-	bool taken = false;
-	spool->path = memory_string(config->path);
-	spool->wal = memory_format("%s-wal", config->path);
-	spool->index = memory_format("%s-shm", config->path);
-	spool->lock = memory_format("%s.lock", config->path);
-	spool->directory = directory_of(config->path);
+	bool refused = false;
+	spool->configured = memory_string(config->path);
+	set_paths(spool, directory_of(config->path));
 	spool->lock_fd = -1;
 	spool->configured_size = config->max_size_set ? config->max_size : 0;
-	if (!take_lock(spool, &taken, error, error_size) && taken) {
+	if (!take_lock(spool, &refused, error, error_size) && refused) {
 		spool_close(spool);
 		return NULL;
 	}
@@ -1013,11 +1337,17 @@ struct spool *spool_open(const struct config_spool *config, char *error, size_t 
 
 void spool_close(struct spool *spool)
 {
+	char error[512];
 	if (spool == NULL)
 		return;
+	bool moved = spool->moved != NULL || (spool->database != NULL && has_moved(spool));
+	if (moved && atomic_load(&spool->messages) > 0 && carry_over(spool, error, sizeof error) != SPOOL_OK)
+		log_error("spool", "%s", error);
 	detach(spool);
+	close_untouched(spool->moved);
 	if (spool->lock_fd >= 0)
 		close(spool->lock_fd);
+	free(spool->configured);
 	free(spool->path);
 	free(spool->wal);
 	free(spool->index);
@@ -1077,36 +1407,84 @@ static enum spool_result refuse(struct spool *spool, int64_t frames, char *error
 	return SPOOL_FULL;
 }
 
-enum spool_result spool_commit(struct spool *spool, const struct batch *const *batches, size_t count, char *error,
-                               size_t error_size)
+/* A transaction that went to a file that had moved: nothing of it may be found there when the rows are carried over. */
+static void take_back(struct spool *spool)
+{
+	char error[512];
+	sqlite3_bind_int64(spool->statements[REMOVE], 1, spool->next_row);
+	sqlite3_bind_int64(spool->statements[REMOVE], 2, INT64_MAX);
+	int code = run(spool, BEGIN);
+	if (code == SQLITE_OK)
+		code = run(spool, REMOVE);
+	if (code == SQLITE_OK)
+		code = write_tally(spool, (int64_t)atomic_load(&spool->messages), spool->next_row);
+	if (code == SQLITE_OK)
+		code = run(spool, COMMIT);
+	if (code != SQLITE_OK)
+		give_up(spool, "write to", code, error, sizeof error); /* the copy ends at next_row all the same */
+}
+
+/* The rows of `batches`, numbered from next_row on, in one transaction; *next_row is behind the last then. */
+static int write_rows(struct spool *spool, const struct batch *const *batches, size_t count, int64_t messages,
+                      int64_t *next_row)
+{
+	int code = run(spool, BEGIN);
+	for (size_t i = 0; code == SQLITE_OK && i < count; i++)
+		code = insert_batch(spool, batches[i], next_row);
+	if (code == SQLITE_OK)
+		code = write_tally(spool, messages, *next_row);
+	return code == SQLITE_OK ? run(spool, COMMIT) : code;
+}
+
+/* *moved: it was committed, but to a file that is not in place. */
+static enum spool_result commit_once(struct spool *spool, const struct batch *const *batches, size_t count, bool *moved,
+                                     char *error, size_t error_size)
 {
 	struct footprint footprint = {0};
 	bool fits;
-	if (!is_attached(spool, error, error_size))
-		return SPOOL_FAILED;
 	size_t added = measure(batches, count, &footprint);
-	if (added == 0)
-		return SPOOL_OK;
 	int64_t frames = count_frames(&footprint), next_row = spool->next_row;
 	int64_t messages = (int64_t)(atomic_load(&spool->messages) + added);
 	int code = find_room(spool, frames, frames, reserve_of(spool), &fits);
+	*moved = false;
 	if (code == SQLITE_OK && !fits)
 		return refuse(spool, frames, error, error_size);
 	if (code == SQLITE_OK)
-		code = run(spool, BEGIN);
-	for (size_t i = 0; code == SQLITE_OK && i < count; i++)
-		code = insert_batch(spool, batches[i], &next_row);
-	if (code == SQLITE_OK)
-		code = write_tally(spool, messages, next_row);
-	if (code == SQLITE_OK)
-		code = run(spool, COMMIT);
+		code = write_rows(spool, batches, count, messages, &next_row);
 	if (code != SQLITE_OK) {
 		spool->refused = frames;
 		return give_up(spool, "write to", code, error, error_size);
 	}
+	*moved = has_moved(spool);
+	if (*moved) {
+		take_back(spool);
+		return carry_over(spool, error, error_size);
+	}
 	if (atomic_exchange(&spool->messages, (uint64_t)messages) == 0)
 		atomic_store(&spool->oldest_ms, oldest_of(batches, count));
 	spool->next_row = next_row;
+	return SPOOL_OK;
+}
+
+enum spool_result spool_commit(struct spool *spool, const struct batch *const *batches, size_t count, char *error,
+                               size_t error_size)
+{
+	enum { ATTEMPTS = 3 };
+	struct footprint footprint = {0};
+	bool moved = true;
+	if (!is_attached(spool, error, error_size))
+		return SPOOL_FAILED;
+	if (measure(batches, count, &footprint) == 0)
+		return SPOOL_OK;
+	enum spool_result result = stay_in_place(spool, error, error_size);
+	for (int i = 0; result == SPOOL_OK && moved && i < ATTEMPTS; i++)
+		result = commit_once(spool, batches, count, &moved, error, error_size);
+	if (result == SPOOL_OK && moved) {
+		snprintf(error, error_size, "the spool %s is moved again and again", spool->path);
+		result = SPOOL_FAILED;
+	}
+	if (result != SPOOL_OK)
+		return result;
 	tidy_wal(spool);
 	note_bytes(spool);
 	return SPOOL_OK;
@@ -1301,7 +1679,10 @@ enum spool_result spool_remove(struct spool *spool, const struct batch *batch, c
 		return give_up(spool, "remove from", code, error, error_size);
 	if (full)
 		return refuse(spool, 0, error, error_size);
-	if (atomic_load(&spool->messages) == 0)
+	/* What is gone is gone, be the rest carried over now or later; the next commit has to wait for that. */
+	if (has_moved(spool))
+		carry_over(spool, error, error_size);
+	else if (atomic_load(&spool->messages) == 0)
 		shrink(spool);
 	if (spool->database != NULL)
 		tidy_wal(spool);
@@ -1332,6 +1713,8 @@ enum spool_result spool_test(struct spool *spool, char *error, size_t error_size
 {
 	bool fits = true;
 	enum spool_result result = spool->database == NULL ? attach(spool, error, error_size) : SPOOL_OK;
+	if (result == SPOOL_OK)
+		result = stay_in_place(spool, error, error_size);
 	if (result != SPOOL_OK)
 		return result;
 	int code = has_room(spool, &fits);
@@ -1341,6 +1724,8 @@ enum spool_result spool_test(struct spool *spool, char *error, size_t error_size
 		code = run(spool, TEST);
 	if (code != SQLITE_OK)
 		return give_up(spool, "write to", code, error, error_size);
+	if (has_moved(spool) && (result = carry_over(spool, error, error_size)) != SPOOL_OK)
+		return result;
 	spool->refused = 0;
 	tidy_wal(spool);
 	note_bytes(spool);

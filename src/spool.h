@@ -6,6 +6,10 @@
  * ".lock" behind it) keeps a second service out, while the operator's --spool-status and --spool-export may look.
  *
  * After an I/O error the handle takes nothing more until spool_test() has reopened the file and committed to it.
+ *
+ * Files that somebody deletes, moves or replaces meanwhile are made anew, with every message that is in them, before
+ * anything more is committed or a commit is believed; that is logged as an error. Until it succeeds, and is tried again
+ * by each commit and test, messages can still be read and removed.
  */
 #ifndef MQTT2MONGO_SPOOL_H
 #define MQTT2MONGO_SPOOL_H
@@ -30,9 +34,9 @@ struct spool_status {
 
 /*
  * Open the spool, or make it. A damaged file is set aside as "….corrupt-TIME", what can be read of it is taken over,
- * counted and logged. Never NULL but when another process holds the lock: then `error` says which and what to do. A
- * file that cannot be used gives a handle whose calls return SPOOL_FAILED until spool_test() succeeds; the log says
- * why.
+ * counted and logged. Never NULL but when another process holds the lock, or when we are root and others may change the
+ * directory: then `error` says which and what to do. A file that cannot be used gives a handle whose calls return
+ * SPOOL_FAILED until spool_test() succeeds; the log says why.
  */
 struct spool *spool_open(const struct config_spool *config, char *error, size_t error_size);
 

@@ -6,6 +6,7 @@
  */
 #define _GNU_SOURCE
 #include "clock.h"
+#include "directory.h"
 #include "escape.h"
 #include "log.h"
 #include "memory.h"
@@ -32,6 +33,7 @@ enum {
 
 struct view {
 	const struct config_spool *config;
+	char *path; /* without symbolic links on the way; NULL until open_view() */
 	sqlite3 *database;
 	bool missing; /* there is no file */
 	int64_t messages, damaged, oldest_ms, bytes;
@@ -41,7 +43,7 @@ static int64_t size_of(const char *path, const char *suffix)
 {
 	struct stat status;
 	char *whole = memory_format("%s%s", path, suffix);
-	int64_t size = stat(whole, &status) == 0 ? (int64_t)status.st_size : 0;
+	int64_t size = lstat(whole, &status) == 0 && S_ISREG(status.st_mode) ? (int64_t)status.st_size : 0;
 	free(whole);
 	return size;
 }
@@ -60,7 +62,7 @@ static int query_number(sqlite3 *database, const char *sql, int64_t *number)
 static int open_name(struct view *view, const char *name, int flags)
 {
 	int64_t application = 0, format = 0;
-	int code = sqlite3_open_v2(name, &view->database, SQLITE_OPEN_READONLY | flags, NULL);
+	int code = sqlite3_open_v2(name, &view->database, SQLITE_OPEN_READONLY | SQLITE_OPEN_NOFOLLOW | flags, NULL);
 	if (code != SQLITE_OK)
 		return code;
 	sqlite3_busy_timeout(view->database, BUSY_MS);
@@ -88,12 +90,30 @@ static char *immutable_name(const char *path)
 	return (char *)name.data;
 }
 
+/* The path with its directory resolved, for SQLite follows no link here; as it is where that cannot be done. */
+static char *resolve(const char *path)
+{
+	char *directory = directory_of(path), *resolved = realpath(directory, NULL);
+	const char *slash = strrchr(path, '/');
+	char *whole =
+	    resolved != NULL ? memory_format("%s/%s", resolved, slash != NULL ? slash + 1 : path) : memory_string(path);
+	free(resolved);
+	free(directory);
+	return whole;
+}
+
+static void close_view(struct view *view)
+{
+	sqlite3_close_v2(view->database);
+	free(view->path);
+}
+
 /* False, and it is said, when there is a file that cannot be read. */
 static bool open_view(struct view *view)
 {
-	const char *path = view->config->path;
+	const char *path = view->path = resolve(view->config->path);
 	struct stat status;
-	bool exists = stat(path, &status) == 0;
+	bool exists = lstat(path, &status) == 0;
 	int reason = exists ? 0 : errno;
 	view->missing = !exists && (reason == ENOENT || reason == ENOTDIR);
 	if (view->missing || (exists && S_ISREG(status.st_mode) && status.st_size == 0 && size_of(path, "-wal") == 0)) {
@@ -101,7 +121,7 @@ static bool open_view(struct view *view)
 		return true;
 	}
 	if (!exists || !S_ISREG(status.st_mode)) {
-		log_error("spool", "cannot read %s: %s", path, exists ? "it is no file" : strerror(reason));
+		log_error("spool", "cannot read %s: %s", path, exists ? "it is no regular file" : strerror(reason));
 		return false;
 	}
 	int code = open_name(view, path, 0);
@@ -133,7 +153,7 @@ static bool open_view(struct view *view)
 
 static bool query_view(struct view *view)
 {
-	const char *path = view->config->path;
+	const char *path = view->path;
 	view->bytes = size_of(path, "") + size_of(path, "-wal") + size_of(path, "-shm");
 	if (view->missing)
 		return true;
@@ -204,7 +224,7 @@ int spool_print_status(const struct config_spool *config, bool json)
 		json ? print_json(&view) : print_text(&view);
 		well = flush_output();
 	}
-	sqlite3_close_v2(view.database);
+	close_view(&view);
 	return well ? 0 : 1;
 }
 
@@ -310,6 +330,6 @@ int spool_export(const struct config_spool *config)
 	else if (well)
 		well = print_messages(&view);
 	well = flush_output() && well;
-	sqlite3_close_v2(view.database);
+	close_view(&view);
 	return well ? 0 : 1;
 }

@@ -126,6 +126,8 @@ static bool take_column(uint64_t type, const uint8_t **at, const uint8_t *end, s
 
 static bool take_columns(const uint8_t *bytes, size_t length, struct column *columns)
 {
+	if (length == 0) /* and maybe nowhere: no offset may be added to NULL, not even 0 */
+		return false;
 	const uint8_t *at = bytes, *end = bytes + length, *values;
 	uint64_t header, type;
 	size_t step = take_varint(at, end, &header);

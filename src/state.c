@@ -6,6 +6,7 @@
 #define _GNU_SOURCE
 #include "state.h"
 
+#include "directory.h"
 #include "log.h"
 #include "memory.h"
 
@@ -23,8 +24,13 @@
 
 enum { MOST_BYTES = 4 * 1024 * 1024, ROLES = 2 };
 
+#define STATE_FILE     "state.json"
+#define TEMPORARY_FILE "state.json.tmp"
+#define LOCK_FILE      "state.lock" /* held while the file is written */
+
 struct state {
-	char *directory, *path, *temporary, *lock;
+	char *directory; /* without symbolic links */
+	char *path;      /* for people; files are opened in the directory */
 	cJSON *tree;
 	cJSON *own;   /* names the sessions this process has changed; all others are as whoever wrote them last */
 	bool changed; /* since it was read or saved */
@@ -35,30 +41,33 @@ struct state {
 	size_t lock_count;
 };
 
-static bool make_directories(const char *directory)
+/* Open a file of the directory, which is looked for each time: it may have been moved. */
+static int open_file(const struct state *state, const char *name, int flags)
 {
-	char *path = memory_string(directory);
-	bool made = true;
-	for (char *slash = path + 1; made && *slash != 0; slash++) {
-		if (*slash != '/')
-			continue;
-		*slash = 0;
-		made = mkdir(path, 0755) == 0 || errno == EEXIST;
-		*slash = '/';
-	}
-	made = made && (mkdir(path, 0700) == 0 || errno == EEXIST);
-	free(path);
-	return made;
+	int directory = directory_open(state->directory);
+	if (directory < 0)
+		return -1;
+	int fd = directory_open_file(directory, name, flags);
+	int reason = errno;
+	close(directory);
+	errno = reason;
+	return fd;
 }
 
-/* The text of the open file, or NULL with errno. */
-static char *read_whole(FILE *file)
+/* The text of the state file, or NULL with errno. */
+static char *read_file(const struct state *state)
 {
+	int fd = open_file(state, STATE_FILE, O_RDONLY);
+	if (fd < 0)
+		return NULL;
 	char *text = memory_zeroed(1, MOST_BYTES + 1);
-	size_t length = fread(text, 1, MOST_BYTES, file);
+	size_t length = 0;
+	ssize_t got;
+	while ((got = read(fd, text + length, MOST_BYTES - length)) > 0)
+		length += (size_t)got;
 	int reason = errno;
-	text[length] = 0;
-	if (!ferror(file))
+	close(fd);
+	if (got == 0)
 		return text;
 	free(text);
 	errno = reason;
@@ -79,14 +88,10 @@ static void set_aside(const struct state *state)
 /* False with errno when there is a file that cannot be read: then no new identity may replace it. */
 static bool load(struct state *state)
 {
-	FILE *file = fopen(state->path, "re");
-	if (file == NULL && errno != ENOENT)
+	char *text = read_file(state);
+	if (text == NULL && errno != ENOENT)
 		return false;
-	if (file != NULL) {
-		char *text = read_whole(file);
-		fclose(file);
-		if (text == NULL)
-			return false;
+	if (text != NULL) {
 		state->tree = cJSON_Parse(text);
 		free(text);
 		if (!cJSON_IsObject(state->tree)) {
@@ -102,16 +107,22 @@ static bool load(struct state *state)
 
 struct state *state_open(const char *directory, char *error, size_t error_size)
 {
-	if (!make_directories(directory) || access(directory, W_OK | X_OK) != 0) {
-		snprintf(error, error_size, "cannot write to the state directory %s: %s; choose another with state_dir",
-		         directory, strerror(errno));
+	char reason[512];
+	bool refused;
+	char *settled = directory_settle(directory, true, &refused, reason, sizeof reason);
+	if (settled != NULL && faccessat(AT_FDCWD, settled, W_OK | X_OK, AT_EACCESS) != 0) {
+		snprintf(reason, sizeof reason, "%s", strerror(errno));
+		free(settled);
+		settled = NULL;
+	}
+	if (settled == NULL) {
+		snprintf(error, error_size, "cannot %s the state directory %s: %s; %schoose another with state_dir",
+		         refused ? "use" : "write to", directory, reason, refused ? "or " : "");
 		return NULL;
 	}
 	struct state *state = memory_zeroed(1, sizeof *state);
-	state->directory = memory_string(directory);
-	state->path = memory_format("%s/state.json", directory);
-	state->temporary = memory_format("%s/state.json.tmp", directory);
-	state->lock = memory_format("%s/state.lock", directory);
+	state->directory = settled;
+	state->path = memory_format("%s/" STATE_FILE, directory);
 	if (load(state))
 		return state;
 	snprintf(error, error_size, "cannot read %s: %s; it names this service's session at the broker", state->path,
@@ -129,8 +140,6 @@ void state_close(struct state *state)
 	cJSON_Delete(state->tree);
 	free(state->directory);
 	free(state->path);
-	free(state->temporary);
-	free(state->lock);
 	cJSON_Delete(state->own);
 	free(state);
 }
@@ -145,8 +154,8 @@ static long lock_holder(int fd)
 
 bool state_lock(struct state *state, const char *role, char *error, size_t error_size)
 {
-	char *path = memory_format("%s/%s.lock", state->directory, role);
-	int fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+	char *name = memory_format("%s.lock", role);
+	int fd = open_file(state, name, O_RDWR | O_CREAT);
 	if (fd < 0 || flock(fd, LOCK_EX | LOCK_NB) != 0) {
 		if (fd >= 0 && errno == EWOULDBLOCK)
 			snprintf(error, error_size,
@@ -154,13 +163,13 @@ bool state_lock(struct state *state, const char *role, char *error, size_t error
 			         "take the session from each other: give this one its own state_dir",
 			         lock_holder(fd), role, state->directory);
 		else
-			snprintf(error, error_size, "cannot lock %s: %s", path, strerror(errno));
+			snprintf(error, error_size, "cannot lock %s/%s: %s", state->directory, name, strerror(errno));
 		if (fd >= 0)
 			close(fd);
-		free(path);
+		free(name);
 		return false;
 	}
-	free(path);
+	free(name);
 	if (ftruncate(fd, 0) == 0)
 		dprintf(fd, "%ld\n", (long)getpid());
 	snprintf(state->locks[state->lock_count].name, sizeof state->locks->name, "%s", role);
@@ -290,16 +299,6 @@ static bool write_durably(int fd, const char *text)
 	return fsync(fd) == 0;
 }
 
-static bool sync_directory(const char *directory)
-{
-	int fd = open(directory, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-	if (fd < 0)
-		return false;
-	bool synced = fsync(fd) == 0;
-	close(fd);
-	return synced;
-}
-
 /* Replace a member of `target` by a copy of the one in `source`, if there is one. */
 static void take_over(cJSON *target, const cJSON *source, const char *name)
 {
@@ -314,8 +313,7 @@ static void take_over(cJSON *target, const cJSON *source, const char *name)
  * its sessions stand, ours are as we have them. */
 static void merge_saved(struct state *state)
 {
-	FILE *file = fopen(state->path, "re");
-	char *text = file != NULL ? read_whole(file) : NULL;
+	char *text = read_file(state);
 	cJSON *saved = text != NULL ? cJSON_Parse(text) : NULL;
 	cJSON *sessions = child_of(state->tree, "sessions", false);
 	const cJSON *session;
@@ -329,32 +327,33 @@ static void merge_saved(struct state *state)
 	}
 	cJSON_Delete(saved);
 	free(text);
-	if (file != NULL)
-		fclose(file);
 }
 
-static bool replace_file(struct state *state)
+/* What a crash has left of the temporary file goes; then it must be a new one. */
+static bool replace_file(struct state *state, int directory)
 {
 	char *text = cJSON_Print(state->tree);
-	int fd = open(state->temporary, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
+	unlinkat(directory, TEMPORARY_FILE, 0);
+	int fd = directory_open_file(directory, TEMPORARY_FILE, O_WRONLY | O_CREAT | O_EXCL);
 	bool written = text != NULL && fd >= 0 && write_durably(fd, text);
 	int reason = errno;
 	if (fd >= 0)
 		close(fd);
 	cJSON_free(text);
 	errno = reason;
-	return written && rename(state->temporary, state->path) == 0 && sync_directory(state->directory);
+	return written && renameat(directory, TEMPORARY_FILE, directory, STATE_FILE) == 0 && fsync(directory) == 0;
 }
 
 bool state_save(struct state *state, char *error, size_t error_size)
 {
 	if (!state->changed)
 		return true;
-	int lock = open(state->lock, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+	int directory = directory_open(state->directory);
+	int lock = directory >= 0 ? directory_open_file(directory, LOCK_FILE, O_RDWR | O_CREAT) : -1;
 	bool saved = lock >= 0 && flock(lock, LOCK_EX) == 0;
 	if (saved) {
 		merge_saved(state);
-		saved = replace_file(state);
+		saved = replace_file(state, directory);
 	}
 	if (saved)
 		state->changed = false;
@@ -362,5 +361,7 @@ bool state_save(struct state *state, char *error, size_t error_size)
 		snprintf(error, error_size, "cannot write %s: %s", state->path, strerror(errno));
 	if (lock >= 0)
 		close(lock);
+	if (directory >= 0)
+		close(directory);
 	return saved;
 }

@@ -38,7 +38,7 @@ def tmpfs(tmp_path):
     def mount(mebibytes):
         path = tmp_path / f"tmpfs-{len(mounted) + 1}"
         path.mkdir()
-        done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={mebibytes}m", "tmpfs", path], capture_output=True, text=True,
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={mebibytes}m,mode=700", "tmpfs", path], capture_output=True, text=True,
                               check=False) if os.geteuid() == 0 else None
         if done is None or done.returncode != 0:
             pytest.skip("mounting needs root" if done is None else f"cannot mount: {done.stderr}")

@@ -21,6 +21,7 @@ import clients
 from processes import ROOT, TIME_FACTOR, free_port, wait_until
 from service import BUILD
 
+NOBODY = 65534
 SECRET = "Tr0ub4dor-and-3"  # no part of it is a word the program has
 
 
@@ -392,7 +393,7 @@ def test_a_database_user_who_may_not_write(mosquitto, fresh_mongod, service):
     assert sums["stored"] == sums["dead_lettered"] == 0
     admin.command("grantRolesToUser", "reader", roles=["readWriteAnyDatabase"])
     running.wait_stored(1)
-    running.wait_log("MongoDB answers again")
+    wait_until(lambda: running.sums()["consumer"]["dead_lettered"] == 1, 20, running.tail)
     assert running.stop()["consumer"]["dead_lettered"] == 1
     check_silent(running, SECRET)
 
@@ -535,6 +536,74 @@ def test_only_we_may_read_our_state(mosquitto, mongod, service, database, tmp_pa
     assert all(mode == 0o600 for mode in names.values()), {name: oct(mode) for name, mode in names.items()}
     assert stat.S_IMODE(path.stat().st_mode) == 0o700
     assert stat.S_IMODE(path.parent.stat().st_mode) & 0o022 == 0, "nobody else can put another directory in its place"
+    running.stop()
+
+
+def _victims(directory, names):
+    """Files of somebody else's, and a link to each where a file of ours would be."""
+    directory.mkdir(parents=True)
+    victims = {name: directory.parent / f"victim-{name}" for name in names}
+    for name, victim in victims.items():
+        victim.write_text("precious")
+        (directory / name).symlink_to(victim)
+    return victims.values()
+
+
+LINKS = ("consumer.lock", "state.lock", "state.json.tmp", "spool.db", "spool.db.lock")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="for a service that runs as root")
+@pytest.mark.parametrize("key", ["state_dir", "spool.path"])
+def test_root_takes_no_directory_of_somebody_else(mosquitto, mongod, service, tmp_path, key):
+    """Who owns it, or may write to it, could have root overwrite any file."""
+    theirs, broker = tmp_path / "theirs", mosquitto()
+    victims = _victims(theirs, LINKS)
+    for owner, mode, remedy in ((NOBODY, 0o700, "as that user"), (0, 0o777, "chmod go-w"), (0, 0o1777, "chmod go-w")):
+        os.chown(theirs, owner, owner)
+        theirs.chmod(mode)
+        running = service(broker=broker, mongod=mongod, settings={key: theirs / "spool.db" if key == "spool.path" else theirs})
+        running.finish(expect=1, sums=False)
+        said = complaints(running)[-1]
+        assert str(theirs) in said and remedy in said and key in said, said
+        assert all(victim.read_text() == "precious" for victim in victims)
+    assert sorted(path.name for path in theirs.iterdir()) == sorted(LINKS)
+
+
+@pytest.mark.parametrize("name", LINKS)
+def test_no_link_is_followed(mosquitto, mongod, service, database, tmp_path, name):
+    """Not in a directory of our own either."""
+    directory = tmp_path / "own" / "state"
+    victim, = _victims(directory, [name])
+    running = service(broker=mosquitto(), mongod=mongod, database=database, settings={"state_dir": directory})
+    if name in ("consumer.lock", "state.lock"):
+        running.finish(expect=1, sums=False)
+    elif name == "state.json.tmp":
+        running.wait_log("subscribed to")
+        running.stop()
+    else:
+        running.wait_log(f"spool failed: .*{name}")
+        running.kill9()
+    assert victim.read_text() == "precious"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_an_ordinary_user_takes_a_shared_volume(mosquitto, mongod, service, database, tmp_path):
+    """As Kubernetes gives it with fsGroup: it belongs to root, and a group may write to it. By way of a link, as systemd has it."""
+    volume, link = tmp_path / "volume", tmp_path / "link"
+    volume.mkdir()
+    os.chown(volume, 0, NOBODY)
+    volume.chmod(0o2777)
+    link.symlink_to("volume")
+    broker, wrapper = mosquitto(), tmp_path / "program"
+    running = service(broker=broker, mongod=mongod, database=database, started=False, settings={"state_dir": link / "state"})
+    # Another user, who may all the same pass through the directories of this test.
+    wrapper.write_text(f'#!/bin/sh\nexec setpriv --reuid={NOBODY} --regid={NOBODY} --clear-groups --inh-caps=+dac_override '
+                       f'--ambient-caps=+dac_override {running.program} "$@"\n')
+    wrapper.chmod(0o755)
+    running.program = wrapper
+    running.start()
+    stores(running, broker)
+    assert {path.stat().st_uid for path in (volume / "state").iterdir()} == {NOBODY}
     running.stop()
 
 

@@ -40,6 +40,8 @@ enum { MAX_PAYLOAD = 1024 * 1024, NOBODY = 65534 };
 
 static char directory[64], path[128], error[512];
 
+static const char *const suffixes[] = {"", "-wal", "-shm", ".lock"};
+
 static uint64_t seed; /* never 0 */
 
 /* The next number of a sequence that follows from the seed (xorshift64), below `end`. */
@@ -54,11 +56,11 @@ static size_t chance(size_t end)
 /* ---- the disk ---- */
 
 static int sync_errno;          /* what fsync() and fdatasync() fail with, or 0 */
+static void (*sync_hook)(void); /* called once by the next of them */
 static int64_t most_bytes_seen; /* of file, WAL and index together */
 
 static int64_t bytes_on_disk(void)
 {
-	static const char *const suffixes[] = {"", "-wal", "-shm"};
 	int64_t bytes = 0;
 	for (size_t i = 0; i < 3; i++) {
 		char name[160];
@@ -72,6 +74,10 @@ static int64_t bytes_on_disk(void)
 static int sync_as_told(void)
 {
 	int64_t bytes = bytes_on_disk();
+	void (*hook)(void) = sync_hook;
+	sync_hook = NULL;
+	if (hook != NULL)
+		hook();
 	if (bytes > most_bytes_seen)
 		most_bytes_seen = bytes;
 	errno = sync_errno;
@@ -112,6 +118,7 @@ static int make_directory(void **state)
 	snprintf(directory, sizeof directory, "/tmp/test_spool-XXXXXX");
 	error[0] = 0;
 	sync_errno = 0;
+	sync_hook = NULL;
 	most_bytes_seen = 0;
 	if (mkdtemp(directory) == NULL)
 		return 1;
@@ -577,7 +584,6 @@ static void the_status(void **state)
 
 static void the_file_is_private(void **state)
 {
-	static const char *const suffixes[] = {"", "-wal", "-shm", ".lock"};
 	mode_t mask = umask(0);
 	struct spool *spool = open_spool();
 	umask(mask);
@@ -877,7 +883,7 @@ static int on_a_full_file_system(void)
 	if (unshare(CLONE_NEWNS) != 0 && unshare(CLONE_NEWUSER | CLONE_NEWNS) != 0)
 		return 77;
 	if (mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL) != 0 ||
-	    mount("tmpfs", directory, "tmpfs", 0, "size=16m") != 0)
+	    mount("tmpfs", directory, "tmpfs", 0, "size=16m,mode=700") != 0)
 		return 77;
 	/* From the first page on there is no room: it starts, and takes messages when there is some. */
 	fill_disk(filler, false);
@@ -1116,6 +1122,16 @@ static void work_until_killed(int pipe_end, int64_t number)
 	_exit(6);
 }
 
+static void drain(struct spool *spool)
+{
+	struct batch back = {0};
+	for (read_batch(spool, 0, &back, 1000, ALL); back.count > 0; read_batch(spool, 0, &back, 1000, ALL))
+		remove_batch(spool, &back);
+	batch_finish(&back);
+}
+
+/* A kill between the two writes of a transaction's last frame leaves what damage leaves: then those of its rows that
+ * are whole are taken, although nobody was told so far that they are kept. */
 static void killed_at_any_moment(void **state)
 {
 	struct progress last = {0}, progress;
@@ -1142,10 +1158,15 @@ static void killed_at_any_moment(void **state)
 		struct numbers numbers = read_numbers(spool);
 		assert_int_equal(numbers.count, status_of(spool).messages);
 		if (numbers.count > 0) {
-			assert_int_equal(numbers.count, numbers.last - numbers.first + 1);
+			int64_t missing = numbers.last - numbers.first + 1 - numbers.count;
 			assert_true(numbers.last >= last.committed);
+			assert_true(missing == 0 || missing < numbers.last - last.committed);
 			assert_true(numbers.first <= last.removing + 1);
 			last.committed = numbers.last;
+			if (missing > 0) {
+				drain(spool);
+				last.removing = last.committed;
+			}
 		} else {
 			assert_true(last.removing >= last.committed);
 		}
@@ -1559,6 +1580,379 @@ static void a_reader_that_stays(void **state)
 	batch_finish(&batch);
 }
 
+/* ---- files that are moved under the service ---- */
+
+enum way {
+	ALL_DELETED,
+	ALL_RENAMED,
+	FILE_DELETED,
+	FILE_RENAMED,
+	REPLACED,
+	REPLACED_BY_A_LINK,
+	WAL_DELETED,
+	INDEX_DELETED,
+	DIRECTORY_RENAMED,
+	DIRECTORY_DELETED,
+	WAYS
+};
+
+static void delete_all(void)
+{
+	for (size_t i = 0; i < 4; i++)
+		assert_int_equal(unlink(with(suffixes[i])), 0);
+}
+
+static void rename_all(void)
+{
+	for (size_t i = 0; i < 4; i++) {
+		char name[192];
+		snprintf(name, sizeof name, "%s/moved%s", directory, suffixes[i]);
+		assert_int_equal(rename(with(suffixes[i]), name), 0);
+	}
+}
+
+static const char *inside(const char *name)
+{
+	static char names[2][128];
+	static size_t next;
+	char *whole = names[next++ % 2];
+	snprintf(whole, sizeof names[0], "%s/%s", directory, name);
+	return whole;
+}
+
+static void move_files(enum way way)
+{
+	switch (way) {
+	case ALL_DELETED:
+		delete_all();
+		break;
+	case ALL_RENAMED:
+		rename_all();
+		break;
+	case FILE_DELETED:
+		assert_int_equal(unlink(path), 0);
+		break;
+	case FILE_RENAMED:
+		assert_int_equal(rename(path, inside("moved")), 0);
+		break;
+	case REPLACED:
+		put_bytes(inside("other"), 0, "somebody else's", 15);
+		assert_int_equal(rename(inside("other"), path), 0);
+		break;
+	case REPLACED_BY_A_LINK:
+		assert_int_equal(rename(path, inside("moved")), 0);
+		assert_int_equal(symlink(inside("moved"), path), 0);
+		break;
+	case WAL_DELETED:
+		assert_int_equal(unlink(with("-wal")), 0);
+		break;
+	case INDEX_DELETED:
+		assert_int_equal(unlink(with("-shm")), 0);
+		break;
+	case DIRECTORY_RENAMED:
+		assert_int_equal(rename(inside("sub"), inside("moved")), 0);
+		break;
+	case DIRECTORY_DELETED:
+		delete_all();
+		assert_int_equal(rmdir(inside("sub")), 0);
+		break;
+	case WAYS:
+		break;
+	}
+}
+
+/* In a directory of its own, which may go. */
+static void use_directory(void)
+{
+	assert_int_equal(mkdir(inside("sub"), 0700), 0);
+	snprintf(path, sizeof path, "%s/sub/spool.db", directory);
+}
+
+/* Messages 11 to 50, with 1 to 10 removed. */
+static struct spool *open_with_some(void)
+{
+	struct batch batch = {0};
+	struct spool *spool = open_spool();
+	commit_numbers(spool, 1, 50, 10, 100);
+	read_batch(spool, 0, &batch, 10, ALL);
+	remove_batch(spool, &batch);
+	batch_finish(&batch);
+	return spool;
+}
+
+/* What a kill -9 leaves is what was acknowledged, whatever happened to the files. */
+static void a_moved_file(void **state)
+{
+	for (enum way way = 0; way < WAYS; way++) {
+		pid_t child = start_child();
+		if (child == 0) {
+			use_directory();
+			struct spool *spool = open_with_some();
+			move_files(way);
+			commit_numbers(spool, 51, 100, 25, 100);
+			assert_numbers(spool, 11, 100);
+			_exit(0);
+		}
+		assert_int_equal(child_status(child), 0);
+		snprintf(path, sizeof path, "%s/sub/spool.db", directory);
+		struct spool *spool = open_spool();
+		if (status_of(spool).messages != 90)
+			fail_msg("way %d: %llu messages, not 90", (int)way,
+			         (unsigned long long)status_of(spool).messages);
+		assert_numbers(spool, 11, 100);
+		spool_close(spool);
+		remove_directory(NULL);
+		assert_int_equal(mkdir(directory, 0700), 0);
+	}
+}
+
+/* What the commit has written is not believed, and neither is it there twice. */
+static void moved_during_the_commit(void **state)
+{
+	pid_t child = start_child();
+	if (child == 0) {
+		struct spool *spool = open_with_some();
+		sync_hook = delete_all;
+		commit_numbers(spool, 51, 100, 50, 100);
+		assert_null(sync_hook);
+		assert_numbers(spool, 11, 100);
+		sync_hook = rename_all;
+		expect(spool_test(spool, error, sizeof error));
+		assert_null(sync_hook);
+		_exit(0);
+	}
+	assert_int_equal(child_status(child), 0);
+	struct spool *spool = open_spool();
+	assert_numbers(spool, 11, 100);
+	spool_close(spool);
+}
+
+static void moved_while_it_drains(void **state)
+{
+	pid_t child = start_child();
+	if (child == 0) {
+		struct batch batch = {0};
+		struct spool *spool = open_with_some();
+		delete_all();
+		read_batch(spool, 0, &batch, 20, ALL);
+		assert_int_equal(number_of(&batch, 0), 11);
+		remove_batch(spool, &batch);
+		_exit(0);
+	}
+	assert_int_equal(child_status(child), 0);
+	struct spool *spool = open_spool();
+	assert_numbers(spool, 31, 50);
+	spool_close(spool);
+}
+
+static void moved_and_closed(void **state)
+{
+	struct spool *spool = open_with_some();
+	delete_all();
+	spool_close(spool);
+	spool = open_spool();
+	assert_numbers(spool, 11, 50);
+	assert_takes(spool);
+	spool_close(spool);
+}
+
+/* Every column of every message, and those that are kept as damaged. */
+static void a_moved_file_comes_back_whole(void **state)
+{
+	struct batch batch = {0}, before = {0}, back = {0};
+	struct spool *spool = open_spool();
+	add_all_kinds(&batch);
+	expect(commit(spool, &batch));
+	execute("UPDATE message SET payload = 'another' WHERE row = 2");
+	read_batch(spool, 0, &before, 1000, ALL);
+	assert_int_equal(before.count, batch.count - 1);
+	delete_all();
+	expect(spool_test(spool, error, sizeof error));
+	read_batch(spool, 0, &back, 1000, ALL);
+	assert_int_equal(back.count, before.count);
+	for (size_t i = 0; i < back.count; i++) {
+		assert_same(&before, i, &back, i);
+		assert_int_equal(back.messages[i].row, before.messages[i].row);
+	}
+	spool_close(spool);
+	execute("CREATE TEMP TABLE one (damaged CHECK (damaged = 1)); INSERT INTO one SELECT count(*) FROM damaged "
+	        "WHERE row = 2 AND payload = 'another'");
+	batch_finish(&batch);
+	batch_finish(&before);
+	batch_finish(&back);
+}
+
+/* Until it can be made anew nothing is taken; what is in it can be stored elsewhere and removed. */
+static void moved_and_its_place_taken(void **state)
+{
+	struct batch batch = {0};
+	use_directory();
+	struct spool *spool = open_with_some();
+	assert_int_equal(rename(inside("sub"), inside("moved")), 0);
+	put_bytes(inside("sub"), 0, "a file", 6);
+	add_number(&batch, 51, 100);
+	for (int i = 0; i < 2; i++) {
+		assert_int_equal(commit(spool, &batch), SPOOL_FAILED);
+		assert_non_null(strstr(error, path));
+		assert_non_null(strstr(error, "moved"));
+		assert_int_equal(spool_test(spool, error, sizeof error), SPOOL_FAILED);
+	}
+	assert_numbers(spool, 11, 50);
+	read_batch(spool, 0, &batch, 10, ALL);
+	remove_batch(spool, &batch);
+	assert_int_equal(unlink(inside("sub")), 0);
+	expect(spool_test(spool, error, sizeof error));
+	commit_numbers(spool, 51, 60, 5, 100);
+	assert_numbers(spool, 21, 60);
+	spool_close(spool);
+	batch_finish(&batch);
+}
+
+static void moved_on_a_full_disk(void **state)
+{
+	struct batch batch = {0};
+	struct spool *spool = open_with_some();
+	add_number(&batch, 51, 100);
+	delete_all();
+	fail_writes(ENOSPC);
+	assert_int_equal(commit(spool, &batch), SPOOL_FULL);
+	assert_int_equal(count_files("spool.db.recover"), 0);
+	fail_writes(0);
+	expect(commit(spool, &batch));
+	assert_numbers(spool, 11, 51);
+	spool_close(spool);
+	batch_finish(&batch);
+}
+
+static void moved_and_an_error(void **state)
+{
+	struct batch batch = {0};
+	struct spool *spool = open_with_some();
+	add_number(&batch, 51, 100);
+	sync_hook = delete_all;
+	sync_errno = EIO;
+	assert_int_equal(commit(spool, &batch), SPOOL_FAILED);
+	assert_int_equal(spool_test(spool, error, sizeof error), SPOOL_FAILED);
+	sync_errno = 0;
+	expect(spool_test(spool, error, sizeof error));
+	expect(commit(spool, &batch));
+	assert_numbers(spool, 11, 51);
+	spool_close(spool);
+	batch_finish(&batch);
+}
+
+/* With its lock deleted, another may have taken the place. */
+static void moved_and_another_came(void **state)
+{
+	int ends[2];
+	char byte;
+	struct batch batch = {0};
+	struct spool *spool = open_with_some();
+	add_number(&batch, 51, 100);
+	delete_all();
+	assert_int_equal(pipe(ends), 0);
+	pid_t child = start_child();
+	if (child == 0) {
+		commit_numbers(open_spool(), 1, 1, 1, 1);
+		_exit(write(ends[1], "x", 1) == 1 && pause());
+	}
+	assert_int_equal(read(ends[0], &byte, 1), 1);
+	assert_int_equal(commit(spool, &batch), SPOOL_FAILED);
+	char holder[64];
+	snprintf(holder, sizeof holder, "process %ld", (long)child);
+	assert_non_null(strstr(error, holder));
+	assert_int_equal(count_files("spool.db.replaced"), 0);
+	kill(child, SIGKILL);
+	child_status(child);
+	expect(spool_test(spool, error, sizeof error));
+	expect(commit(spool, &batch));
+	assert_numbers(spool, 11, 51);
+	assert_int_equal(count_files("spool.db.replaced"), 2); /* with its log */
+	spool_close(spool);
+	close(ends[0]);
+	close(ends[1]);
+	batch_finish(&batch);
+}
+
+static void only_the_lock_is_deleted(void **state)
+{
+	struct config_spool config = config_of(10 * MIB);
+	struct spool *spool = open_with_some();
+	assert_int_equal(unlink(with(".lock")), 0);
+	commit_numbers(spool, 51, 60, 10, 100);
+	assert_null(spool_open(&config, error, sizeof error));
+	assert_int_equal(count_files("spool.db.replaced"), 0);
+	assert_numbers(spool, 11, 60);
+	spool_close(spool);
+}
+
+/* ---- what others could put in its place ---- */
+
+static void links_are_not_followed(void **state)
+{
+	static const char content[] = "somebody else's";
+	for (size_t i = 0; i < 4; i++) {
+		size_t length;
+		put_bytes(inside("victim"), 0, content, sizeof content);
+		assert_int_equal(symlink(inside("victim"), with(suffixes[i])), 0);
+		struct spool *spool = open_spool();
+		if (i != 1) /* SQLite deletes a log without a file */
+			assert_unusable(spool, i == 0 ? "symbolic link" : "");
+		uint8_t *kept = content_of(inside("victim"), &length);
+		assert_int_equal(length, sizeof content);
+		assert_memory_equal(kept, content, length);
+		free(kept);
+		assert_true(unlink(with(suffixes[i])) == 0 || i == 1);
+		assert_usable(spool);
+		spool_close(spool);
+		for (size_t j = 0; j < 4; j++)
+			unlink(with(suffixes[j]));
+	}
+}
+
+/* As systemd's DynamicUser has it; later the link leads to another directory, on a larger disk. */
+static void a_link_to_the_directory(void **state)
+{
+	assert_int_equal(mkdir(inside("one"), 0700), 0);
+	assert_int_equal(symlink("one", inside("sub")), 0);
+	snprintf(path, sizeof path, "%s/sub/spool.db", directory);
+	struct spool *spool = open_with_some();
+	assert_int_equal(rename(inside("one"), inside("two")), 0);
+	assert_int_equal(unlink(inside("sub")), 0);
+	assert_int_equal(symlink("two", inside("sub")), 0);
+	commit_numbers(spool, 51, 60, 10, 100);
+	assert_numbers(spool, 11, 60);
+	assert_int_equal(access(inside("two/spool.db"), F_OK), 0);
+	spool_close(spool);
+	spool = open_spool();
+	assert_numbers(spool, 11, 60);
+	spool_close(spool);
+}
+
+static void a_directory_of_somebody_else(void **state)
+{
+	struct config_spool config = config_of(10 * MIB);
+	if (geteuid() != 0)
+		return;
+	for (int i = 0; i < 2; i++) {
+		assert_int_equal(chown(directory, i == 0 ? NOBODY : 0, NOBODY), 0);
+		assert_int_equal(chmod(directory, i == 0 ? 0700 : 0777), 0);
+		assert_null(spool_open(&config, error, sizeof error));
+		assert_non_null(strstr(error, path));
+		assert_non_null(strstr(error, i == 0 ? "as that user" : "chmod go-w"));
+		assert_non_null(strstr(error, "spool.path"));
+		assert_int_equal(count_files("spool"), 0);
+	}
+	pid_t child = start_child();
+	if (child == 0) {
+		if (setresgid(NOBODY, NOBODY, NOBODY) != 0 || setresuid(NOBODY, NOBODY, NOBODY) != 0)
+			_exit(1);
+		assert_usable(open_spool());
+		_exit(0);
+	}
+	assert_int_equal(child_status(child), 0);
+}
+
 #define TEST(name) cmocka_unit_test_setup_teardown(name, make_directory, remove_directory)
 
 int main(void)
@@ -1603,6 +1997,19 @@ int main(void)
 	    TEST(a_recovery_that_was_cut_short),
 	    TEST(a_recovery_without_room),
 	    TEST(somebody_looks),
+	    TEST(a_moved_file),
+	    TEST(moved_during_the_commit),
+	    TEST(moved_while_it_drains),
+	    TEST(moved_and_closed),
+	    TEST(a_moved_file_comes_back_whole),
+	    TEST(moved_and_its_place_taken),
+	    TEST(moved_on_a_full_disk),
+	    TEST(moved_and_an_error),
+	    TEST(moved_and_another_came),
+	    TEST(only_the_lock_is_deleted),
+	    TEST(links_are_not_followed),
+	    TEST(a_link_to_the_directory),
+	    TEST(a_directory_of_somebody_else),
 	    TEST(a_reader_that_stays),
 	};
 	return cmocka_run_group_tests(tests, NULL, NULL);

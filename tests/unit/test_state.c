@@ -2,7 +2,7 @@
  * state.c: one process a role, a client id made once, filters remembered, a file that is replaced whole and durably,
  * and what is said when the directory cannot be used or the file is damaged.
  *
- * fsync() and rename() are this program's own: they write down what is called on what, do it, or fail when told to.
+ * fsync() and renameat() are this program's own: they write down what is called on what, do it, or fail when told to.
  */
 #define _GNU_SOURCE
 #include <setjmp.h>
@@ -59,9 +59,10 @@ int fsync(int fd)
 	return note_call("fsync", path) ? (int)syscall(SYS_fsync, fd) : -1;
 }
 
-int rename(const char *old, const char *new)
+int renameat(int old_directory, const char *old, int new_directory, const char *new)
 {
-	return note_call("rename to", new) ? (int)syscall(SYS_renameat2, AT_FDCWD, old, AT_FDCWD, new, 0u) : -1;
+	return note_call("rename to", new) ? (int)syscall(SYS_renameat2, old_directory, old, new_directory, new, 0u)
+	                                   : -1;
 }
 
 /* ---- a directory of its own for each test ---- */
@@ -218,6 +219,64 @@ static void an_unwritable_directory(void **state)
 	chmod(directory, 0755);
 	assert_true(WIFEXITED(status));
 	assert_int_equal(WEXITSTATUS(status), 0);
+}
+
+/* Whatever of ours is a link to something else: it is said, or put in the link's place, and that is left as it was. */
+static void links_are_not_followed(void **state)
+{
+	static const char *const names[] = {"consumer.lock", "publisher.lock", "state.lock", "state.json",
+	                                    "state.json.tmp"};
+	static const char content[] = "{\"client_id\": \"somebody else's\"}";
+	char victim[128];
+	snprintf(victim, sizeof victim, "%s", in_directory("victim"));
+	for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
+		put_file(content);
+		assert_int_equal(syscall(SYS_rename, in_directory("state.json"), victim), 0);
+		assert_int_equal(symlink(victim, in_directory(names[i])), 0);
+		error[0] = 0;
+		struct state *opened = state_open(directory, error, sizeof error);
+		bool well = opened != NULL;
+		if (well) {
+			assert_memory_equal(state_client_id(opened, NULL), "mqtt2mongo-", 11);
+			well = state_lock(opened, "consumer", error, sizeof error) &&
+			       state_lock(opened, "publisher", error, sizeof error) &&
+			       state_save(opened, error, sizeof error);
+		}
+		state_close(opened);
+		assert_file("victim", content);
+		if (well != (strcmp(names[i], "state.json.tmp") == 0))
+			fail_msg("%s: %s", names[i], error);
+		if (!well && strstr(error, directory) == NULL)
+			fail_msg("%s", error);
+		unlink(in_directory(names[i]));
+		unlink(in_directory("state.json"));
+	}
+}
+
+/* In which somebody who is not root could put such links. */
+static void a_directory_of_somebody_else(void **state)
+{
+	if (geteuid() != 0)
+		return;
+	assert_int_equal(chown(directory, 65534, 65534), 0);
+	assert_unusable(directory);
+	assert_non_null(strstr(error, "as that user"));
+	assert_int_equal(chown(directory, 0, 0), 0);
+	assert_int_equal(chmod(directory, 0777), 0);
+	assert_unusable(directory);
+	assert_non_null(strstr(error, "chmod go-w"));
+	assert_int_equal(count_files("state"), 0);
+	fflush(NULL);
+	pid_t child = fork();
+	if (child == 0) {
+		if (setresgid(65534, 65534, 65534) != 0 || setresuid(65534, 65534, 65534) != 0)
+			_exit(1);
+		struct state *opened = state_open(directory, error, sizeof error);
+		_exit(opened != NULL && state_lock(opened, "consumer", error, sizeof error) ? 0 : 2);
+	}
+	int status;
+	waitpid(child, &status, 0);
+	assert_int_equal(status, 0);
 }
 
 /* ---- the client id ---- */
@@ -630,6 +689,8 @@ int main(void)
 	    TEST(closing_nothing),
 	    TEST(a_file_in_the_way),
 	    TEST(an_unwritable_directory),
+	    TEST(links_are_not_followed),
+	    TEST(a_directory_of_somebody_else),
 	    TEST(a_client_id_is_made_once),
 	    TEST(another_directory_another_client_id),
 	    TEST(a_configured_client_id),
