@@ -67,10 +67,11 @@ static bool is_about_server(int code)
 	return one_of(code, codes);
 }
 
-/* BSONObjectTooLarge and its kin: one document is too large, or has not the form of one. */
+/* BSONObjectTooLarge and its kin: one document is too large, or has not the form of one; or their errors together are
+ * (13548: the buffer for the answer would exceed 64 MB). */
 static bool is_about_size(int code)
 {
-	static const int codes[] = {10334, 17280, 17419, 17420, 0};
+	static const int codes[] = {10334, 13548, 17280, 17419, 17420, 0};
 	return one_of(code, codes);
 }
 

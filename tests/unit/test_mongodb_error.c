@@ -45,6 +45,7 @@ static void scopes(void **state)
 	    {MONGOC_ERROR_SERVER, 166, MONGODB_NAMESPACE},      /* CommandNotSupportedOnView */
 	    {MONGOC_ERROR_SERVER, 215, MONGODB_NAMESPACE},      /* DatabaseDropPending */
 	    {MONGOC_ERROR_SERVER, 10334, MONGODB_DOCUMENT},     /* BSONObjectTooLarge */
+	    {MONGOC_ERROR_SERVER, 13548, MONGODB_DOCUMENT},     /* an answer above 64 MB */
 	    {MONGOC_ERROR_SERVER, 462, MONGODB_DATABASE},       /* IngressRequestRateLimitExceeded */
 	    {MONGOC_ERROR_SERVER, 46841, MONGODB_DATABASE},     /* ClientMarkedKilled */
 	    {MONGOC_ERROR_SERVER, 8, MONGODB_UNKNOWN},          /* UnknownError */
