@@ -45,6 +45,7 @@ int mosquitto_property_add_int32(mosquitto_property **list, int identifier, uint
 	return fails(__func__) ? MOSQ_ERR_NOMEM : next.function(list, identifier, value);
 }
 
+// NOLINTNEXTLINE(readability-inconsistent-declaration-parameter-name)
 int mosquitto_unsubscribe_v5(struct mosquitto *client, int *id, const char *filter,
                              const mosquitto_property *properties)
 {
@@ -55,6 +56,7 @@ int mosquitto_unsubscribe_v5(struct mosquitto *client, int *id, const char *filt
 	return fails(__func__) ? MOSQ_ERR_NOMEM : next.function(client, id, filter, properties);
 }
 
+// NOLINTNEXTLINE(readability-inconsistent-declaration-parameter-name)
 int EVP_Digest(const void *data, size_t count, unsigned char *digest, unsigned int *size, const EVP_MD *type,
                ENGINE *engine)
 {

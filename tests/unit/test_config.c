@@ -22,11 +22,17 @@
 
 #include <cmocka.h>
 
-enum { ARGUMENTS_MAX = 32 };
+enum { ARGUMENTS_MAX = 32, NAME_SIZE = 16, URI_SIZE = 512 };
 
 /* One call of config_load() and what came out. */
 static struct config config;
 static char *arguments[ARGUMENTS_MAX + 1];
+static void add(char *text, size_t size, const char *more)
+{
+	size_t length = strlen(text);
+	snprintf(text + length, size - length, "%s", more);
+}
+
 static const char *no_environment[] = {"HOME=/home/nobody", NULL};
 static const char **environment = no_environment;
 static char *said;    /* on standard error */
@@ -649,7 +655,7 @@ static void filters_that_meet(void **state)
 static const char *const FIRST[] = {"a", "$x", "+", "#"}, *const FURTHER[] = {"a", "b", "+", "#"};
 
 /* The number-th filter or topic of one to `most` levels, of `kinds` kinds each; false: there is no such. */
-static bool name_levels(unsigned number, unsigned kinds, unsigned most, char name[16])
+static bool name_levels(unsigned number, unsigned kinds, unsigned most, char name[NAME_SIZE])
 {
 	unsigned levels = 1, all = kinds;
 	while (number >= all && levels < most) {
@@ -659,8 +665,8 @@ static bool name_levels(unsigned number, unsigned kinds, unsigned most, char nam
 	}
 	name[0] = '\0';
 	for (unsigned level = 0; level < levels; level++, number /= kinds) {
-		strcat(name, level == 0 ? "" : "/");
-		strcat(name, (level == 0 ? FIRST : FURTHER)[number % kinds]);
+		add(name, NAME_SIZE, level == 0 ? "" : "/");
+		add(name, NAME_SIZE, (level == 0 ? FIRST : FURTHER)[number % kinds]);
 	}
 	return number == 0;
 }
@@ -674,7 +680,7 @@ static bool matches(const char *filter, const char *topic)
 
 static bool a_topic_matches(const char *a, const char *b)
 {
-	char topic[16];
+	char topic[NAME_SIZE];
 	for (unsigned i = 0; name_levels(i, 2, 4, topic); i++)
 		if (matches(a, topic) && matches(b, topic))
 			return true;
@@ -1054,7 +1060,7 @@ static void put_secret(char *uri, bool encoded)
 	static const char SPECIAL[] = "Z@:/?#[]%&=;,Z";
 	for (unsigned i = 0, length = 1 + random_below(8); i < length; i++) {
 		char special[2] = {SPECIAL[random_below(sizeof SPECIAL - 1)]};
-		strcat(uri, i == 0 ? "Z" : encoded ? "%5A" : special);
+		add(uri, URI_SIZE, i == 0 ? "Z" : encoded ? "%5A" : special);
 	}
 }
 
@@ -1074,8 +1080,8 @@ static void put_options(char *uri)
 	                                      "my_secret="};
 	for (unsigned i = 0, count = random_below(5); i < count; i++) {
 		const char *option = OPTIONS[random_below(sizeof OPTIONS / sizeof OPTIONS[0])];
-		strcat(uri, i == 0 ? "?" : random_below(4) == 0 ? ";" : "&");
-		strcat(uri, option);
+		add(uri, URI_SIZE, i == 0 ? "?" : random_below(4) == 0 ? ";" : "&");
+		add(uri, URI_SIZE, option);
 		if (strpbrk(option + strlen(option) - 1, "=:") != NULL)
 			put_secret(uri, false);
 	}
@@ -1087,17 +1093,18 @@ static void no_secret_is_shown(void **state)
 {
 	static const char *const HOSTS[] = {"h", "h:27017", "a:1,b,c:3", "[::1]:2", "%2Ftmp%2Fm.sock", "u.example.org",
 	                                    ""};
-	char uri[512], *flags;
+	char uri[URI_SIZE], *flags;
 	unsigned with_secret = 0;
 	for (unsigned i = 0; i < 20000; i++) {
-		strcpy(uri, random_below(2) ? "mongodb://" : "mongodb+srv://");
+		uri[0] = 0;
+		add(uri, URI_SIZE, random_below(2) ? "mongodb://" : "mongodb+srv://");
 		if (random_below(4) > 0) {
-			strcat(uri, "u:");
+			add(uri, URI_SIZE, "u:");
 			put_secret(uri, random_below(2));
-			strcat(uri, "@");
+			add(uri, URI_SIZE, "@");
 		}
-		strcat(uri, HOSTS[random_below(sizeof HOSTS / sizeof HOSTS[0])]);
-		strcat(uri, random_below(3) == 0 ? "" : random_below(2) ? "/" : "/db");
+		add(uri, URI_SIZE, HOSTS[random_below(sizeof HOSTS / sizeof HOSTS[0])]);
+		add(uri, URI_SIZE, random_below(3) == 0 ? "" : random_below(2) ? "/" : "/db");
 		put_options(uri);
 		with_secret += strchr(uri, 'Z') != NULL;
 		char *shown = config_redact_uri(uri), *quoted = config_quote(uri);

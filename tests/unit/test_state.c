@@ -59,6 +59,7 @@ int fsync(int fd)
 	return note_call("fsync", path) ? (int)syscall(SYS_fsync, fd) : -1;
 }
 
+// NOLINTNEXTLINE(readability-inconsistent-declaration-parameter-name)
 int renameat(int old_directory, const char *old, int new_directory, const char *new)
 {
 	return note_call("rename to", new) ? (int)syscall(SYS_renameat2, old_directory, old, new_directory, new, 0u)
