@@ -14,6 +14,7 @@
 enum {
 	DIGITS_MOST = 19,
 	SHARES_MENDED = 12, /* mosquitto 2.0.12 */
+	SESSION_S = 60,     /* long enough for its owner to come back, should it be another's */
 	REFUSALS_MOST = 3,  /* some brokers refuse a subscription to $SYS by hanging up */
 };
 
@@ -26,6 +27,7 @@ struct broker {
 	bool queues, shares;
 	struct mqtt *mqtt;
 	bool closed;      /* for good: by itself, or stopped */
+	bool alone;       /* its session was seen to be its own */
 	uint64_t dropped; /* as last said, on whatever connection */
 	bool known;       /* said on this connection */
 	bool ever;        /* said on some connection */
@@ -55,9 +57,28 @@ static void leave(struct broker *broker, const char *why)
 	mqtt_close(broker->mqtt, mqtt_closed);
 }
 
+/* A broker that makes the client id from the user name or certificate takes us for the connection whose messages are
+ * stored. Hence no clean start, which would have emptied its session, and an id that nobody had before: a session that
+ * is there is not ours. Nothing of it may be acknowledged, so not even DISCONNECT is sent. */
+static void leave_session(struct broker *broker)
+{
+	log_error("broker",
+	          "the broker has a session for a client id that is new: it seems to give all connections of one "
+	          "user or certificate the same client id (use_username_as_clientid, use_identity_as_username "
+	          "with it, peer_cert_as_clientid); give each its own, or set mqtt.watch_broker false");
+	broker->known = false;
+	mqtt_close(broker->mqtt, mqtt_closed);
+	mqtt_close(broker->mqtt, mqtt_closed);
+}
+
 static void on_up(void *owner, const struct mqtt_granted *granted)
 {
 	struct broker *broker = owner;
+	if (granted->session_present && !broker->alone) {
+		leave_session(broker);
+		return;
+	}
+	broker->alone = true;
 	broker->asking = ASKED_DROPPED;
 	mqtt_subscribe(broker->mqtt, DROPPED, 0);
 }
@@ -193,9 +214,15 @@ struct broker *broker_start(uv_loop_t *loop, const struct broker_options *option
 	broker->queues = options->queues;
 	broker->shares = options->shares;
 	broker->owner = owner;
-	char *id = memory_format("%s-sys", options->client_id);
-	struct mqtt_options mqtt = {
-	    .config = options->config, .client_id = id, .name = "broker", .clean_start = true, .quiet = true};
+	uint32_t number = 0;
+	uv_random(NULL, NULL, &number, sizeof number, 0, NULL); /* if it fails, the id is merely not new */
+	char *id = memory_format("%s-sys-%08x", options->client_id, number);
+	struct mqtt_options mqtt = {.config = options->config,
+	                            .client_id = id,
+	                            .name = "broker",
+	                            .clean_start = options->config->protocol != 5,
+	                            .brief_s = SESSION_S,
+	                            .quiet = true};
 	broker->mqtt = mqtt_create(loop, &mqtt, &mqtt_handler, broker);
 	free(id);
 	return broker;

@@ -23,7 +23,7 @@ struct broker;
 
 struct broker_options {
 	const struct config_mqtt *config; /* borrowed until `stopped` */
-	const char *client_id;            /* copied, with -sys behind it */
+	const char *client_id;            /* copied, with -sys and a random number behind it */
 	bool queues; /* the broker queues messages for the service: the log is to say when it drops some */
 	bool shares; /* the service uses shared subscriptions: the log is to say when this broker loses messages of
 	                theirs */

@@ -79,6 +79,7 @@ struct mqtt {
 	char *client_id, *address;
 	const char *name;
 	bool clean_start, keep_client, quiet;
+	uint32_t expiry_s; /* of the session, as it is asked for under MQTT 5 */
 	bool ends_session; /* with its DISCONNECT */
 
 	enum state state;
@@ -459,7 +460,7 @@ static void read_granted(const struct mqtt *mqtt, int flags, const mosquitto_pro
                          struct mqtt_granted *granted)
 {
 	uint16_t keepalive = (uint16_t)(mqtt->config->keepalive_ms / 1000), receive_maximum = UINT16_MAX;
-	uint32_t expiry = mqtt->clean_start ? 0 : (uint32_t)(mqtt->config->session_expiry_ms / 1000);
+	uint32_t expiry = mqtt->expiry_s;
 	uint8_t maximum_qos = 2, shares = 1;
 	mosquitto_property_read_int16(properties, MQTT_PROP_SERVER_KEEP_ALIVE, &keepalive, false);
 	mosquitto_property_read_int16(properties, MQTT_PROP_RECEIVE_MAXIMUM, &receive_maximum, false);
@@ -957,8 +958,7 @@ static void start_job(struct mqtt *mqtt)
 	if (!make_client(mqtt))
 		return;
 	/* Connected without it the session, and what the broker has queued for it, would end with the connection. */
-	if (config->protocol == 5 && !mqtt->clean_start &&
-	    !add_expiry(&mqtt->asked, config->session_expiry_ms / 1000)) {
+	if (config->protocol == 5 && !mqtt->clean_start && !add_expiry(&mqtt->asked, mqtt->expiry_s)) {
 		fail(mqtt, "out of memory: cannot ask for mqtt.session_expiry, so not connecting");
 		return;
 	}
@@ -1142,6 +1142,9 @@ struct mqtt *mqtt_create(uv_loop_t *loop, const struct mqtt_options *options, co
 	mqtt->address = memory_format("%s:%d", options->config->host, options->config->port);
 	mqtt->name = options->name;
 	mqtt->clean_start = options->clean_start;
+	if (!options->clean_start)
+		mqtt->expiry_s =
+		    options->brief_s > 0 ? options->brief_s : (uint32_t)(options->config->session_expiry_ms / 1000);
 	mqtt->keep_client = options->keep_client;
 	mqtt->quiet = options->quiet;
 	uv_timer_init(loop, &mqtt->timer);

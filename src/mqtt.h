@@ -76,8 +76,9 @@ struct mqtt_options {
 	const char *client_id;            /* copied */
 	const char *name;                 /* for the log: "consumer", "publisher"; borrowed as well */
 	bool clean_start;                 /* a throwaway session, gone with the connection */
-	bool keep_client;                 /* keep unacknowledged published messages across reconnects */
-	bool quiet;                       /* of no importance: what happens to it is logged at level debug */
+	uint32_t brief_s; /* MQTT 5, without clean_start: not 0 is its session expiry instead of mqtt.session_expiry */
+	bool keep_client; /* keep unacknowledged published messages across reconnects */
+	bool quiet;       /* of no importance: what happens to it is logged at level debug */
 };
 
 /* A connection, not yet connecting. The handler is copied; the owner is handed back to it. */

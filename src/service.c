@@ -256,9 +256,12 @@ static bool keeps_session(const struct config *config)
 	return (config->role & CONFIG_ROLE_CONSUMER) && config->consumer.qos > 0;
 }
 
+/* Under MQTT 3.1.1 only where it is shown: there a connection for $SYS cannot be told from the consumer's without harm
+ * by a broker that gives both the same client id, see broker.c. */
 static bool watches_broker(const struct config *config)
 {
-	return config->mqtt.watch_broker && (config->http.enabled || shares(config) || keeps_session(config));
+	bool harmless = config->mqtt.protocol == 5 && keeps_session(config);
+	return config->mqtt.watch_broker && (config->http.enabled || shares(config) || harmless);
 }
 
 static void start_broker(struct service *service)

@@ -57,8 +57,9 @@ class Refusing(peers.Peer):
         self.answer, self.session_present = answer, session_present
         self.said = []
 
-    def count(self, *what):
-        return sum(entry[:len(what)] == what for entry in list(self.said))
+    def count(self, client_id, *what):
+        """How often a client whose id begins so has said that."""
+        return sum(entry[0].startswith(client_id) and entry[1:len(what) + 1] == what for entry in list(self.said))
 
     def _serve(self, connection, _ending):
         client_id, reads_dropped, answered = None, False, 0

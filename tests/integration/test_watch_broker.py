@@ -5,7 +5,7 @@ import re
 import pytest
 
 import clients
-from processes import wait_until
+from processes import free_port, wait_until
 
 QUEUED = 10
 DROPPED = r'"level":"(\w+)","room":"broker","message":"the broker has dropped (\d+) messages'
@@ -32,7 +32,8 @@ def drop(broker, client_id, count, topic):
 
 @pytest.mark.parametrize("protocol", ["5", "3.1.1"])
 def test_each_rise_is_said(tight, service, mongod, database, protocol):
-    running = service(broker=tight, mongod=mongod, database=database, settings=QUICK | {"mqtt.protocol": protocol})
+    running = service(broker=tight, mongod=mongod, database=database, settings=QUICK | {
+        "mqtt.protocol": protocol, "http.listen": f"127.0.0.1:{free_port()}"})
     running.wait_log("subscribed to")
     drop(tight, "one", 25, "one/x")
     wait_until(lambda: rises(running)[0] == 25, 10, running.tail)
@@ -81,3 +82,22 @@ def test_a_broker_that_refuses_the_connection_is_left_alone(mosquitto, service, 
     running.stop()
     assert broker.log.count("plant-sys") <= 3
     assert not [record for record in running.records if record["level"] in ("warn", "error")]
+
+
+def test_a_broker_that_gives_both_connections_one_client_id(mosquitto, service, mongod, database, collection):
+    """As with use_username_as_clientid: the connection for $SYS takes the consumer's session over. It notices, and leaves at once
+    without a word: what the session holds is stored."""
+    user = {"username": "plant", "password": "hush-4711"}
+    broker = mosquitto(users={"plant": "hush-4711", "sender": "hush-4712"}, extra=["use_username_as_clientid true"])
+    running = service(broker=broker, mongod=mongod, database=database, settings=QUICK | {
+        "mqtt.username": user["username"], "mqtt.password": user["password"]})
+    running.wait_log("subscribed to")
+    sent = clients.publish(broker.port, 3000, "sensors/x", username="sender", password="hush-4712", pace=1000)
+    running.wait_log("use_username_as_clientid")
+    assert len(sent) == 3000
+    wait_until(lambda: collection.count_documents({}) >= 3000, 20, running.tail)
+    assert len(collection.distinct("payload")) == 3000
+    mark = running.mark()
+    clients.publish(broker.port, 10, "sensors/x", username="sender", password="hush-4712")
+    running.stop()
+    assert "connection lost" not in running.log[mark:]
