@@ -53,6 +53,13 @@ static void refuse_url(struct config_loader *loader, const char *url)
 	             at != NULL ? ", mqtt.username and mqtt.password_file" : "");
 }
 
+/* A host name or an address, as far as its characters go; nothing else may be shown, for it may hold a password. */
+static bool is_host(const char *host)
+{
+	const char *colon = strchr(host, ':');
+	return host[strcspn(host, " \t\r\n/@,?#")] == '\0' && (colon == NULL || strchr(colon + 1, ':') != NULL);
+}
+
 static void check_host(struct config_loader *loader)
 {
 	const char *host = loader->config->mqtt.host, *place = config_place(loader, "mqtt.host");
@@ -64,9 +71,11 @@ static void check_host(struct config_loader *loader)
 		config_error(loader,
 		             "%s: write an IPv6 address without brackets, as in \"::1\", and the port in mqtt.port",
 		             place);
-	else if (colon != NULL && strchr(colon + 1, ':') == NULL)
+	else if (strpbrk(host, "/@") == NULL && colon != NULL && strchr(colon + 1, ':') == NULL)
 		config_error(loader, "%s: holds a port, write mqtt.host \"%.*s\" and mqtt.port %s instead", place,
-		             (int)(colon - host), host, colon[1] != '\0' ? colon + 1 : "1883");
+		             (int)(colon - host), host,
+		             colon[1] != '\0' && strspn(colon + 1, "0123456789") == strlen(colon + 1) ? colon + 1
+		                                                                                      : "1883");
 	else if (strcspn(host, " \t\r\n/@,?#") != length)
 		config_error(loader,
 		             "%s: is not a host name or address, there must be no space, slash, comma or @ in it",
@@ -158,7 +167,7 @@ static void check_mqtt(struct config_loader *loader)
 		config_error(loader, "%s: MQTT 3.1.1 has no password without a user name, set mqtt.username",
 		             config_place(loader, config_is_set(loader, "mqtt.password") ? "mqtt.password"
 		                                                                         : "mqtt.password_file"));
-	if (mqtt->password != NULL && !mqtt->tls.enabled && !config_is_loopback(mqtt->host))
+	if (mqtt->password != NULL && !mqtt->tls.enabled && is_host(mqtt->host) && !config_is_loopback(mqtt->host))
 		config_warning(loader,
 		               "%s: the password goes to %s unencrypted, whoever is on the way can read it; set "
 		               "mqtt.tls.enabled to true",

@@ -554,6 +554,17 @@ static void hosts(void **state)
 	assert_null(strstr(said, "s3cret"));
 	refuses("--role|both|--mqtt-host|ws://h", "MQTT over WebSockets is not supported");
 	refuses("--role|both|--mqtt-host|h:1884", "holds a port, write mqtt.host \"h\" and mqtt.port 1884 instead");
+	/* What may be a password is in no complaint and no warning, also where mqtt.password is given as well. */
+	static const char *const hosts[] = {"user:hushhush@h", "mqtt://user:hushhush@h", "user:hushhush",
+	                                    "user:hushhush@h:1"};
+	for (size_t i = 0; i < sizeof hosts / sizeof *hosts; i++) {
+		char flags[200];
+		snprintf(flags, sizeof flags, "--role|both|--mqtt-username|u|--mqtt-password|p|--mqtt-host|%s",
+		         hosts[i]);
+		refuses(flags, "--mqtt-host: ");
+		if (strstr(said, "hushhush") != NULL)
+			fail_msg("%s: %s", hosts[i], said);
+	}
 	refuses("--role|both|--mqtt-host|[::1]", "without brackets");
 	refuses("--role|both|--mqtt-host|a b", "is not a host name or address");
 	accepts("--role|both|--mqtt-host|::1");
