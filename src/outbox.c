@@ -443,10 +443,16 @@ static void start_store(struct outbox *outbox)
 	uv_queue_work(outbox->loop, &outbox->drain_job, store_work, store_done);
 }
 
+/* Files that were moved, and cannot be made anew, take nothing, but what they hold may still reach MongoDB. */
+static bool is_readable(const struct outbox *outbox)
+{
+	return outbox->state != SPOOL_FAILED || outbox->status.readable;
+}
+
 /* The spool's job that the drain needs next. */
 static enum spool_job drain_wants(const struct outbox *outbox)
 {
-	if (outbox->state == SPOOL_FAILED || uv_is_active((const uv_handle_t *)&outbox->pause))
+	if (!is_readable(outbox) || uv_is_active((const uv_handle_t *)&outbox->pause))
 		return JOB_NONE;
 	if (outbox->drain == DRAIN_STORED)
 		return JOB_REMOVE;
@@ -531,7 +537,7 @@ void outbox_drain(struct outbox *outbox)
 
 bool outbox_is_draining(const struct outbox *outbox)
 {
-	return outbox->status.messages > 0 && outbox->state != SPOOL_FAILED && !outbox->rests;
+	return outbox->status.messages > 0 && is_readable(outbox) && !outbox->rests;
 }
 
 static void handle_closed(uv_handle_t *handle)

@@ -140,7 +140,10 @@ struct spool {
 	sqlite3_stmt *statements[STATEMENTS];
 	struct identity files[FILES]; /* that the connection has open */
 	sqlite3 *moved;       /* a connection to a file that is not in place any more, with rows to carry over */
-	struct identity copy; /* the file that has all rows of `moved` */
+	struct identity copy; /* the file that has all rows of `moved`, */
+	int64_t copied;       /* how many messages, */
+	bool unplaced;        /* and that has not got its name: PATH.recovered is there */
+	bool stuck;           /* the last carrying over failed */
 	bool damaged;         /* the file, by what SQLite said */
 	int64_t next_row;
 	int64_t wal_frames; /* in use, at most */
@@ -149,6 +152,7 @@ struct spool {
 	/* For spool_status(), which may look from another thread. */
 	_Atomic uint64_t messages, bytes, max_size;
 	_Atomic int64_t oldest_ms;
+	_Atomic bool readable;
 };
 
 /* ---- what went wrong ---- */
@@ -244,6 +248,7 @@ static void detach(struct spool *spool)
 	else
 		sqlite3_close_v2(spool->database);
 	spool->database = NULL;
+	atomic_store(&spool->readable, false);
 }
 
 static void note_bytes(struct spool *spool)
@@ -254,6 +259,7 @@ static void note_bytes(struct spool *spool)
 	for (size_t i = 0; i < sizeof paths / sizeof *paths; i++)
 		bytes += lstat(paths[i], &status) == 0 && S_ISREG(status.st_mode) ? (uint64_t)status.st_size : 0;
 	atomic_store(&spool->bytes, bytes);
+	atomic_store(&spool->readable, spool->database != NULL && !spool->damaged);
 }
 
 /* End the transaction, if there is one, and give the result that `code` means. */
@@ -1162,10 +1168,12 @@ static int copy_file(struct spool *spool, sqlite3 *source, char **text)
 		code = SQLITE_IOERR;
 		*text = memory_string(strerror(errno));
 	}
-	if (code == SQLITE_OK)
+	if (code == SQLITE_OK) {
 		spool->copy = identity_of(recovered);
-	else
+		spool->copied = recovery.recovered;
+	} else {
 		unlink(recovery.path);
+	}
 	free(recovered);
 	free(recovery.path);
 	return full ? SQLITE_FULL : code;
@@ -1175,16 +1183,19 @@ static int copy_file(struct spool *spool, sqlite3 *source, char **text)
  * somebody else's file is set aside: *aside. */
 static int replace_moved(struct spool *spool, char **aside, char **text)
 {
-	struct identity there = identity_of(spool->path);
-	bool foreign = there.inode != 0 && !is_same(there, spool->files[FILE_ITSELF]) && !is_same(there, spool->copy);
+	struct identity before = spool->copy;
 	sqlite3 *source = spool->database != NULL ? spool->database : spool->moved;
 	if (!has_room_for_copy(spool, source)) {
 		*text = memory_string("the disk has no room for a copy");
 		return SQLITE_FULL;
 	}
+	spool->unplaced = true;
 	int code = copy_file(spool, source, text);
 	if (code != SQLITE_OK)
 		return code;
+	/* Now, for copying may have taken long. */
+	struct identity there = identity_of(spool->path);
+	bool foreign = there.inode != 0 && !is_same(there, spool->files[FILE_ITSELF]) && !is_same(there, before);
 	if (!foreign) {
 		unlink(spool->path);
 		unlink(spool->wal);
@@ -1192,6 +1203,8 @@ static int replace_moved(struct spool *spool, char **aside, char **text)
 	if (!put_in_place(spool, "replaced", aside)) {
 		*text = memory_format("cannot rename the copy: %s", strerror(errno));
 		code = SQLITE_IOERR;
+	} else {
+		spool->unplaced = false;
 	}
 	if (!foreign) {
 		free(*aside);
@@ -1211,12 +1224,16 @@ static int adopt_copy(struct spool *spool, char **text)
 		full = is_full(spool->database, code);
 		*text = describe(spool->database, code);
 	}
-	if (code == SQLITE_OK && has_moved(spool)) {
+	bool other = code == SQLITE_OK && (!is_same(spool->files[FILE_ITSELF], spool->copy) ||
+	                                   (int64_t)atomic_load(&spool->messages) != spool->copied);
+	if (other || (code == SQLITE_OK && has_moved(spool))) {
 		code = SQLITE_IOERR;
 		*text = memory_string("it was moved again");
 	}
 	if (code != SQLITE_OK) {
-		if (is_damage(code))
+		if (other)
+			atomic_store(&spool->messages, (uint64_t)spool->copied); /* not what another file has */
+		if (other || is_damage(code))
 			spool->copy = (struct identity){0}; /* to be made again */
 		spool->damaged = false;
 		detach(spool);
@@ -1261,6 +1278,7 @@ static enum spool_result carry_over(struct spool *spool, char *error, size_t err
 		code = replace_moved(spool, &aside, &text);
 	if (code == SQLITE_OK)
 		code = adopt_copy(spool, &text);
+	spool->stuck = code != SQLITE_OK;
 	if (code == SQLITE_OK)
 		report_move(spool, expected, aside);
 	else
@@ -1274,12 +1292,29 @@ static enum spool_result carry_over(struct spool *spool, char *error, size_t err
 	return code == SQLITE_OK ? SPOOL_OK : code == SQLITE_FULL ? SPOOL_FULL : SPOOL_FAILED;
 }
 
+/* The files are in place again, though they could not be replaced: the copy that was made meanwhile must not be taken
+ * for a recovery that did not come to its end. */
+static bool drop_copy(struct spool *spool)
+{
+	char *recovered = memory_format("%s.recovered", spool->path);
+	bool done =
+	    !spool->unplaced || ((unlink(recovered) == 0 || errno == ENOENT) && directory_sync(spool->directory));
+	free(recovered);
+	spool->unplaced = spool->unplaced && !done;
+	return done;
+}
+
 /* Before something is written. */
 static enum spool_result stay_in_place(struct spool *spool, char *error, size_t error_size)
 {
 	bool refused;
 	if (has_moved(spool))
 		return carry_over(spool, error, error_size);
+	spool->stuck = false;
+	if (!drop_copy(spool)) {
+		snprintf(error, error_size, "cannot remove %s.recovered: %s", spool->path, strerror(errno));
+		return SPOOL_FAILED;
+	}
 	return holds_lock(spool) || take_lock(spool, &refused, error, error_size) ? SPOOL_OK : SPOOL_FAILED;
 }
 
@@ -1291,7 +1326,7 @@ static enum spool_result attach(struct spool *spool, char *error, size_t error_s
 		return carry_over(spool, error, error_size);
 	if (!holds_lock(spool) && !take_lock(spool, &refused, error, error_size))
 		return SPOOL_FAILED;
-	if (!finish_recovery(spool)) {
+	if (!drop_copy(spool) || !finish_recovery(spool)) {
 		snprintf(error, error_size, "cannot set the damaged spool %s aside: %s", spool->path, strerror(errno));
 		return SPOOL_FAILED;
 	}
@@ -1343,6 +1378,8 @@ void spool_close(struct spool *spool)
 	bool moved = spool->moved != NULL || (spool->database != NULL && has_moved(spool));
 	if (moved && atomic_load(&spool->messages) > 0 && carry_over(spool, error, sizeof error) != SPOOL_OK)
 		log_error("spool", "%s", error);
+	if (!moved)
+		drop_copy(spool);
 	detach(spool);
 	close_untouched(spool->moved);
 	if (spool->lock_fd >= 0)
@@ -1680,9 +1717,9 @@ enum spool_result spool_remove(struct spool *spool, const struct batch *batch, c
 	if (full)
 		return refuse(spool, 0, error, error_size);
 	/* What is gone is gone, be the rest carried over now or later; the next commit has to wait for that. */
-	if (has_moved(spool))
+	if (has_moved(spool) && !spool->stuck)
 		carry_over(spool, error, error_size);
-	else if (atomic_load(&spool->messages) == 0)
+	else if (atomic_load(&spool->messages) == 0 && !spool->stuck)
 		shrink(spool);
 	if (spool->database != NULL)
 		tidy_wal(spool);
@@ -1739,5 +1776,6 @@ void spool_status(const struct spool *spool, struct spool_status *status)
 	    .bytes = atomic_load(&spool->bytes),
 	    .oldest_ms = atomic_load(&spool->oldest_ms),
 	    .max_size = atomic_load(&spool->max_size),
+	    .readable = atomic_load(&spool->readable),
 	};
 }

@@ -30,6 +30,7 @@ struct spool_status {
 	uint64_t bytes;    /* on disk: the file, its WAL and index */
 	int64_t oldest_ms; /* received_at of the oldest message, 0 when empty */
 	uint64_t max_size; /* in force */
+	bool readable;     /* it can be read and removed from, whatever it takes */
 };
 
 /*

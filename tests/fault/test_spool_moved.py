@@ -8,6 +8,8 @@ Held: the service makes the spool anew with all messages of it, and says so once
 they are all there. The oracle, and each message once. Figure: messages, moved files, lost (0), duplicates (0).
 """
 
+import subprocess
+
 import pytest
 
 from oracle import scaled
@@ -93,3 +95,54 @@ def test_spool_moved_and_no_place_for_another(scene, tmp_path):
     assert it.spool() == 100
     it.server.restart()
     it.conclude("spool_moved, no place", faults=1)
+
+
+@pytest.mark.timeout(scaled(120, 120))
+def test_spool_moved_and_drained_without_a_place(scene, tmp_path):
+    """What only the process still has reaches MongoDB when that is back, though the spool cannot be made anew."""
+    directory = tmp_path / "spool"
+    directory.mkdir()
+    it = scene(**{"spool.path": directory / "spool.db"})
+    it.server.kill9()
+    it.publish(50)
+    it.wait_spooled(50)
+    directory.rename(tmp_path / "elsewhere")
+    directory.write_text("in the way")
+    mark = it.running.mark()
+    it.publish(50)
+    it.running.wait_log("spool failed: .* cannot be made anew", after=mark)
+    it.server.restart()
+    wait_until(lambda: it.running.sums()["consumer"]["recovered_from_spool"] == 50, 30, it.running.tail)
+    directory.unlink()
+    it.wait_settled()
+    it.conclude("spool_moved, drained without a place", faults=1)
+
+
+@pytest.mark.timeout(scaled(120, 120))
+def test_spool_covered_and_uncovered(scene, tmp_path):
+    """A file is mounted over the spool, so that it cannot be made anew, and taken away again: the copy that was begun meanwhile does
+    not come back at the next start."""
+    directory = tmp_path / "spool"
+    directory.mkdir()
+    it = scene(**{"spool.path": directory / "spool.db"})
+    it.server.kill9()
+    it.publish(50)
+    it.wait_spooled(50)
+    (tmp_path / "other").write_bytes(b"")
+    mounted = subprocess.run(["mount", "--bind", tmp_path / "other", directory / "spool.db"], capture_output=True, text=True, check=False)
+    if mounted.returncode != 0:
+        pytest.skip(f"needs root to mount: {mounted.stderr.strip()}")
+    try:
+        mark = it.running.mark()
+        it.publish(50)
+        it.running.wait_log("spool failed: .* cannot be made anew", after=mark)
+    finally:
+        subprocess.run(["umount", directory / "spool.db"], check=True)
+    wait_until(lambda: it.running.sums()["consumer"]["spooled"] == 100, 30, it.state)
+    it.publish(50)
+    wait_until(lambda: it.running.sums()["consumer"]["spooled"] == 150, 30, it.state)
+    it.running.kill9()
+    it.start()
+    assert it.spool() == 150
+    it.server.restart()
+    it.conclude("spool_moved, covered and uncovered", faults=1)
