@@ -251,18 +251,25 @@ static void retry_due(uv_timer_t *timer)
 	advance(delivery);
 }
 
+/* Have `due` called at that moment of loop time, or at once when it is over; UINT64_MAX: not at all. */
+static void arm_at(uv_timer_t *timer, uv_timer_cb due, uint64_t at)
+{
+	uint64_t now = uv_now(timer->loop);
+	if (at == UINT64_MAX)
+		uv_timer_stop(timer);
+	else
+		uv_timer_start(timer, due, at > now ? at - now : 0, 0);
+}
+
 static void arm_retry(struct delivery *delivery)
 {
-	uint64_t first = UINT64_MAX, now = uv_now(delivery->loop);
+	uint64_t first = UINT64_MAX;
 	for (size_t i = 0; i < delivery->parcel_count; i++) {
 		const struct delivery_parcel *parcel = delivery->parcels[i];
 		if (parcel->phase == WAITING && parcel->retry_at < first)
 			first = parcel->retry_at;
 	}
-	if (first == UINT64_MAX)
-		uv_timer_stop(&delivery->retry);
-	else
-		uv_timer_start(&delivery->retry, retry_due, first > now ? first - now : 0, 0);
+	arm_at(&delivery->retry, retry_due, first);
 }
 
 /* ---- parcels ---- */
@@ -544,16 +551,13 @@ static void overdue_due(uv_timer_t *timer)
 
 static void arm_overdue(struct delivery *delivery)
 {
-	uint64_t first = UINT64_MAX, now = uv_now(delivery->loop);
+	uint64_t first = UINT64_MAX;
 	for (size_t i = 0; i < delivery->parcel_count; i++) {
 		struct delivery_parcel *parcel = delivery->parcels[i];
 		if (may_be_overdue(parcel) && overdue_at(parcel) < first)
 			first = overdue_at(parcel);
 	}
-	if (first == UINT64_MAX)
-		uv_timer_stop(&delivery->overdue);
-	else
-		uv_timer_start(&delivery->overdue, overdue_due, first > now ? first - now : 0, 0);
+	arm_at(&delivery->overdue, overdue_due, first);
 }
 
 /* ---- what comes next ---- */

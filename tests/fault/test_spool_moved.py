@@ -47,15 +47,30 @@ def rename_directory(directory):
     directory.rename(directory.with_name(f"was-{inode(directory)}"))
 
 
+def without_mongodb(scene, tmp_path):
+    """A scene whose MongoDB is down, and the directory of its spool."""
+    directory = tmp_path / "spool"
+    directory.mkdir()
+    it = scene(**{"spool.path": directory / "spool.db"})
+    it.server.kill9()
+    return it, directory
+
+
+def put_in_the_way(it, directory):
+    """Move the spool's directory away, put a file in its place, and publish 50 messages, which cannot be spooled then."""
+    directory.rename(directory.with_name("elsewhere"))
+    directory.write_text("in the way")
+    mark = it.running.mark()
+    it.publish(50)
+    it.running.wait_log("spool failed: .* cannot be made anew.* 50 messages are only in this process", after=mark)
+
+
 WAYS = [delete_all, rename_file, replace_file, delete_log, delete_index, rename_directory]
 
 
 @pytest.mark.timeout(scaled(180, 600))
 def test_spool_moved(scene, tmp_path):
-    directory = tmp_path / "spool"
-    directory.mkdir()
-    it = scene(**{"spool.path": directory / "spool.db"})
-    it.server.kill9()
+    it, directory = without_mongodb(scene, tmp_path)
     for number, way in enumerate(WAYS * scaled(1, 10)):
         it.publish(50)
         it.wait_spooled(number * 100 + 50)
@@ -76,17 +91,10 @@ def test_spool_moved(scene, tmp_path):
 @pytest.mark.timeout(scaled(120, 120))
 def test_spool_moved_and_no_place_for_another(scene, tmp_path):
     """Nothing is acknowledged while there is no place for it; when there is one again, all goes on by itself."""
-    directory = tmp_path / "spool"
-    directory.mkdir()
-    it = scene(**{"spool.path": directory / "spool.db"})
-    it.server.kill9()
+    it, directory = without_mongodb(scene, tmp_path)
     it.publish(50)
     it.wait_spooled(50)
-    directory.rename(tmp_path / "elsewhere")
-    directory.write_text("in the way")
-    mark = it.running.mark()
-    it.publish(50)
-    it.running.wait_log("spool failed: .* cannot be made anew.* 50 messages are only in this process", after=mark)
+    put_in_the_way(it, directory)
     assert it.running.sums()["consumer"]["spooled"] == 50
     directory.unlink()
     wait_until(lambda: it.running.sums()["consumer"]["spooled"] == 100, 30, it.state)
@@ -100,17 +108,10 @@ def test_spool_moved_and_no_place_for_another(scene, tmp_path):
 @pytest.mark.timeout(scaled(120, 120))
 def test_spool_moved_and_drained_without_a_place(scene, tmp_path):
     """What only the process still has reaches MongoDB when that is back, though the spool cannot be made anew."""
-    directory = tmp_path / "spool"
-    directory.mkdir()
-    it = scene(**{"spool.path": directory / "spool.db"})
-    it.server.kill9()
+    it, directory = without_mongodb(scene, tmp_path)
     it.publish(50)
     it.wait_spooled(50)
-    directory.rename(tmp_path / "elsewhere")
-    directory.write_text("in the way")
-    mark = it.running.mark()
-    it.publish(50)
-    it.running.wait_log("spool failed: .* cannot be made anew", after=mark)
+    put_in_the_way(it, directory)
     it.server.restart()
     wait_until(lambda: it.running.sums()["consumer"]["recovered_from_spool"] == 50, 30, it.running.tail)
     directory.unlink()
@@ -122,10 +123,7 @@ def test_spool_moved_and_drained_without_a_place(scene, tmp_path):
 def test_spool_covered_and_uncovered(scene, tmp_path):
     """A file is mounted over the spool, so that it cannot be made anew, and taken away again: the copy that was begun meanwhile does
     not come back at the next start."""
-    directory = tmp_path / "spool"
-    directory.mkdir()
-    it = scene(**{"spool.path": directory / "spool.db"})
-    it.server.kill9()
+    it, directory = without_mongodb(scene, tmp_path)
     it.publish(50)
     it.wait_spooled(50)
     (tmp_path / "other").write_bytes(b"")
