@@ -147,6 +147,10 @@ const struct config_entry config_entries[] = {
      AT(consumer.batch_bytes),
      .initial_note = "8MiB, or consumer.max_payload if that is more",
      .help = "the most bytes of topics and payloads stored and acknowledged together"},
+    {.key = "consumer.batch.interval", .type = CONFIG_TYPE_DURATION, .initial = "20ms", .least = "0s", .most = "10s",
+     AT(consumer.batch_interval_ms),
+     .help = "while messages keep coming, a connection's next write waits until so long after the start of its last "
+             "one, so that more messages share it; up to an eighth of the keepalive. 0: each write is made at once"},
     {.key = "consumer.qos0_topic", .type = CONFIG_TYPE_TEXT, AT(consumer.qos0_topic), .once = CONFIG_ONE_FILTER,
      .help = "a second topic filter, subscribed at QoS 0 on a connection of its own, for messages that may be lost; no "
              "topic may match both filters"},
@@ -185,7 +189,8 @@ const struct config_entry config_entries[] = {
      .help = "a batch that MongoDB has not confirmed after this time goes to the spool and is acknowledged"},
     {.key = "spool.linger", .type = CONFIG_TYPE_DURATION, .initial = "0s", .least = "0s", .most = "10s",
      AT(spool.linger_ms),
-     .help = "wait this long for more messages before each write to the spool; spares flash memory at low rates"},
+     .help = "while MongoDB is away: consumer.batch.interval for writes to the spool, where that is more; spares flash "
+             "memory"},
 
     {.key = "http.listen", .type = CONFIG_TYPE_TEXT, .initial = "off", AT(http.listen),
      .help = "address and port for /metrics, /healthz, /readyz and /status.json, as in 127.0.0.1:9641; there is no password"},

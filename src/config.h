@@ -90,8 +90,9 @@ struct config_consumer {
 	int64_t max_payload; /* bytes, up to 15 MiB */
 	int64_t batch_count; /* messages */
 	int64_t batch_bytes; /* topic + payload bytes */
-	char *qos0_topic;    /* filter, or NULL */
-	int64_t qos0_buffer; /* bytes */
+	int64_t batch_interval_ms; /* from the start of one write of a connection to the next; 0: none */
+	char *qos0_topic;          /* filter, or NULL */
+	int64_t qos0_buffer;       /* bytes */
 };
 
 /* Does it use shared subscriptions? */

@@ -347,7 +347,7 @@ static void report(struct delivery_parcel *parcel, size_t open)
 	if (open > 0)
 		count_open(delivery->counters, parcel);
 	else
-		metrics_observe(&delivery->counters->store_latency, (uv_hrtime() - parcel->submitted_at) / 1000);
+		metrics_observe(&delivery->counters->store_latency, (uv_hrtime() - parcel->taken_at) / 1000);
 	parcel->reported = true;
 	parcel->sender = NULL;
 	delivery->under_way--;
@@ -656,6 +656,7 @@ struct delivery_parcel *delivery_take(struct delivery *delivery, struct delivery
 		delivery->parcels[delivery->parcel_count++] = parcel;
 	}
 	parcel->phase = FILLING;
+	parcel->taken_at = uv_hrtime();
 	parcel->sender = sender;
 	parcel->reported = parcel->given_up = false;
 	parcel->attempts = 0;
@@ -719,9 +720,12 @@ bool delivery_accepts(const struct delivery *delivery)
 	return !delivery->refusing;
 }
 
-bool delivery_lingers(const struct delivery *delivery)
+uint64_t delivery_interval_ms(const struct delivery *delivery, const struct delivery_sender *sender)
 {
-	return delivery->away && delivery->config->spool.linger_ms > 0 && outbox_is_usable(delivery->outbox);
+	uint64_t interval = (uint64_t)delivery->config->consumer.batch_interval_ms;
+	uint64_t linger = (uint64_t)delivery->config->spool.linger_ms;
+	bool spools = delivery->away && sender->spools && outbox_is_usable(delivery->outbox);
+	return spools && linger > interval ? linger : interval;
 }
 
 void delivery_promise(const struct delivery *delivery, char *text, size_t size)

@@ -36,6 +36,7 @@ struct delivery_parcel {
 	bool overdue;                   /* the attempt under way takes too long */
 	bool reported, given_up;
 	enum metrics_cause cause; /* of giving up */
+	uint64_t taken_at;        /* uv_hrtime() when its first message came */
 	uint64_t submitted_at;    /* uv_hrtime() */
 	uint64_t ready_at;        /* the same moment, loop time */
 	uint64_t started_at;      /* loop time of the attempt under way */
@@ -78,8 +79,8 @@ void delivery_give_up(struct delivery *delivery, struct delivery_sender *sender,
 /* MongoDB or the spool takes messages, as far as is known. */
 bool delivery_accepts(const struct delivery *delivery);
 
-/* Messages go to the spool and spool.linger is set: it pays to wait for more of them. */
-bool delivery_lingers(const struct delivery *delivery);
+/* From the start of one of the sender's writes to that of the next, while messages keep coming: ms. */
+uint64_t delivery_interval_ms(const struct delivery *delivery, const struct delivery_sender *sender);
 
 /* "w:majority, j:true, …": the promise in force. */
 void delivery_promise(const struct delivery *delivery, char *text, size_t size);

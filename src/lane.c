@@ -5,6 +5,7 @@
 #include "log.h"
 #include "memory.h"
 #include "mqtt.h"
+#include "pace.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -17,7 +18,8 @@ enum {
 	SHARES_REFUSED = 0x9e, /* MQTT 5 §3.9.3 */
 	TIMERS = 3,
 	HOLD_MARGIN_MS = 2000,
-	PATIENCE_SHARE = 4, /* of the hold limit: so long a parcel may wait for a worker */
+	PATIENCE_SHARE = 4, /* of the hold limit: so long a parcel may wait for a worker, */
+	FILLING_SHARE = 4,  /* and so long a batch may fill */
 	KEEPALIVE_DEFAULT_MS = 60000,
 	QUIET_MS = 1000,  /* a session left behind is empty when it is silent this long, */
 	QUIET_ROUNDS = 3, /* this often in a row, with an answer of the broker in between */
@@ -36,14 +38,15 @@ struct lane {
 
 	struct mqtt *mqtt;
 	struct delivery_sender sender;
-	struct delivery_parcel *filling; /* or NULL */
-	size_t pending;                  /* messages of the round that are not durable */
+	struct delivery_parcel *filling; /* or NULL; while there is one, `due` runs */
+	struct pace pace;
+	size_t pending; /* messages of the round that are not durable */
 	size_t pending_bytes;
 	size_t returned;     /* of the round: given up */
 	uint64_t generation; /* of the connection the round came by */
 	uint64_t hold_ms;
 	uv_timer_t hold;
-	uv_timer_t linger;
+	uv_timer_t due; /* of the batch that is filling */
 
 	bool started;          /* lane_go() was called */
 	bool up;               /* connected and subscribed, and counted so */
@@ -89,6 +92,7 @@ static bool round_is_on_line(const struct lane *lane)
 static void round_over(struct lane *lane)
 {
 	uv_timer_stop(&lane->hold);
+	pace_acknowledged(&lane->pace);
 	lane->pending_bytes = 0;
 	if (lane->returned == 0) {
 		delivery_round_stored(lane->delivery, lane->hold_ms);
@@ -118,21 +122,47 @@ static void on_settled(struct delivery_sender *sender, size_t durable, size_t op
 static void close_batch(struct lane *lane)
 {
 	struct delivery_parcel *parcel = lane->filling;
-	uv_timer_stop(&lane->linger);
+	uv_timer_stop(&lane->due);
 	lane->filling = NULL;
-	if (parcel != NULL)
-		delivery_submit(parcel);
+	if (parcel == NULL)
+		return;
+	pace_write(&lane->pace, uv_now(lane->loop));
+	delivery_submit(parcel);
 }
 
-static void linger_over(uv_timer_t *timer)
+/* Between the starts of two writes. Far below the hold limit, which runs meanwhile. */
+static uint64_t interval_ms(const struct lane *lane)
 {
-	close_batch(container_of(timer, struct lane, linger));
+	uint64_t wanted = delivery_interval_ms(lane->delivery, &lane->sender);
+	return wanted < lane->hold_ms / FILLING_SHARE ? wanted : lane->hold_ms / FILLING_SHARE;
+}
+
+static void batch_due(uv_timer_t *timer)
+{
+	struct lane *lane = container_of(timer, struct lane, due);
+	pace_waited(&lane->pace, interval_ms(lane), uv_now(lane->loop));
+	close_batch(lane);
+}
+
+static void arm_due(struct lane *lane)
+{
+	uint64_t now = uv_now(lane->loop);
+	uv_timer_start(&lane->due, batch_due, pace_due(&lane->pace, interval_ms(lane), now) - now, 0);
+}
+
+/* The timer runs from the first message on: whatever becomes of the reader, no batch stays behind. */
+static void open_batch(struct lane *lane)
+{
+	lane->filling = delivery_take(lane->delivery, &lane->sender);
+	lane->filling->batch.route = lane->filter != NULL ? lane->config->consumer.topic : NULL;
+	arm_due(lane);
 }
 
 /* The broker drops a client that is silent for 1.5 keepalives, and PINGREQ waits behind the gate as well. */
 static void hold_expired(uv_timer_t *timer)
 {
 	struct lane *lane = container_of(timer, struct lane, hold);
+	close_batch(lane); /* it shares the fate of the others */
 	if (round_is_on_line(lane))
 		mqtt_give_up(lane->mqtt,
 		             "given up unacknowledged: the messages could not be stored within the hold limit");
@@ -175,6 +205,7 @@ static void on_up(void *owner, const struct mqtt_granted *granted)
 	struct lane *lane = owner;
 	lane->hold_ms = hold_limit(granted->keepalive_s);
 	lane->sender.patience_ms = lane->hold_ms / PATIENCE_SHARE;
+	pace_connected(&lane->pace);
 	lane->quiet = 0;
 	if (lane->filter == NULL && !granted->session_present) {
 		end_emptied(lane, "is not known to the broker");
@@ -231,10 +262,10 @@ static void on_message(void *owner, const struct mqtt_message *message)
 	if (lane->generation != mqtt_generation(lane->mqtt))
 		abort(); /* a round belongs to one connection, or the gate of the other would stay closed for ever */
 	if (lane->filling == NULL)
-		lane->filling = delivery_take(lane->delivery, &lane->sender);
+		open_batch(lane);
 	struct batch *batch = &lane->filling->batch;
-	batch->route = lane->filter != NULL ? config->topic : NULL;
 	batch_add(batch, message, &config->id, (size_t)config->max_payload, clock_wall_ms());
+	pace_message(&lane->pace, message->qos, uv_now(lane->loop));
 	lane->quiet = 0;
 	lane->pending++;
 	lane->pending_bytes +=
@@ -254,27 +285,23 @@ static bool has_room(void *owner)
 	       lane->pending_bytes < (size_t)config->batch_bytes;
 }
 
-/* Each write to the spool costs flash memory: let a few more messages share it. */
+/* While a batch fills, reading goes on. */
 static bool lingers(void *owner)
 {
 	const struct lane *lane = owner;
-	return lane->filling != NULL && delivery_lingers(lane->delivery);
-}
-
-/* Far below the hold limit, which runs meanwhile. */
-static uint64_t linger_ms(const struct lane *lane)
-{
-	uint64_t wanted = (uint64_t)lane->config->spool.linger_ms;
-	return wanted < lane->hold_ms / 4 ? wanted : lane->hold_ms / 4;
+	return lane->filling != NULL;
 }
 
 static void on_drained(void *owner)
 {
 	struct lane *lane = owner;
-	if (!lingers(lane) || !has_room(lane))
+	if (lane->filling == NULL)
+		return;
+	if (!has_room(lane) ||
+	    pace_is_ready(&lane->pace, lane->filling->batch.count, interval_ms(lane), uv_now(lane->loop)))
 		close_batch(lane);
-	else if (!uv_is_active((uv_handle_t *)&lane->linger))
-		uv_timer_start(&lane->linger, linger_over, linger_ms(lane), 0);
+	else
+		arm_due(lane);
 }
 
 static void on_subscribed(void *owner, int reason)
@@ -377,7 +404,7 @@ struct lane *lane_create(uv_loop_t *loop, const struct lane_options *options, co
 	lane->hold_ms = hold_limit(0);
 	lane->counters->connections += options->filter != NULL;
 	lane->sender = (struct delivery_sender){.settled = on_settled, .spools = true};
-	uv_timer_t *timers[TIMERS] = {&lane->hold, &lane->linger, &lane->silence};
+	uv_timer_t *timers[TIMERS] = {&lane->hold, &lane->due, &lane->silence};
 	for (int i = 0; i < TIMERS; i++)
 		uv_timer_init(loop, timers[i]);
 	lane->handles = TIMERS;
@@ -420,7 +447,7 @@ static void handle_closed(uv_handle_t *handle)
 static void mqtt_closed(void *owner)
 {
 	struct lane *lane = owner;
-	uv_timer_t *timers[TIMERS] = {&lane->hold, &lane->linger, &lane->silence};
+	uv_timer_t *timers[TIMERS] = {&lane->hold, &lane->due, &lane->silence};
 	note_down(lane);
 	for (int i = 0; i < TIMERS; i++) {
 		timers[i]->data = lane;
@@ -453,6 +480,7 @@ void lane_hurry(struct lane *lane)
 {
 	if (lane->closing)
 		mqtt_close(lane->mqtt, mqtt_closed);
+	close_batch(lane);
 	if (lane->pending > 0)
 		delivery_give_up(lane->delivery, &lane->sender, METRICS_SHUTDOWN);
 }

@@ -2,10 +2,10 @@
  * One connection that receives messages and acknowledges them when they are durable: a durable session, read round by
  * round through the ack gate (mqtt.h).
  *
- * A round is what is read before the gate closes: until the socket is empty or the round is full. It leaves in a few
- * parcels (delivery.h), so that workers store the first ones while the last ones are still being read. While a message
- * of it is not durable nothing more is read, so a round belongs to one connection; past the hold limit the connection
- * is given up without a word and the broker delivers again.
+ * A round is what is read before the gate closes: until the last of its batches leaves (pace.h) or the round is full.
+ * It leaves in a few parcels (delivery.h), so that workers store the first ones while the last ones are still being
+ * read. While a message of it is not durable nothing more is read, so a round belongs to one connection; past the hold
+ * limit the connection is given up without a word and the broker delivers again.
  *
  * Loop thread.
  */

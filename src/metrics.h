@@ -48,8 +48,9 @@ struct metrics_consumer {
 	uint64_t redelivered;   /* of those received, with the DUP flag */
 	uint64_t id_fallbacks;  /* of those stored, under an ObjectId because they have no _id that consumer.id wants */
 	uint64_t received_qos0; /* of those received */
-	uint64_t batches, largest_batch;        /* see metrics_count_batch() */
-	struct metrics_histogram store_latency; /* of a batch, from its submission until all of it is durable */
+	uint64_t batches, largest_batch; /* see metrics_count_batch() */
+	struct metrics_histogram
+	    store_latency; /* of a batch, from the receipt of its first message until all of it is durable */
 
 	/* the state of things, which goes up and down */
 	int connections, connections_up;         /* to the broker: wanted; of those, connected and subscribed */

@@ -120,7 +120,7 @@ static void consumer_metrics(FILE *out, const struct metrics_consumer *consumer,
 	        "Writes to MongoDB, the drain's and those that failed included.");
 	gauge(out, "largest_batch", consumer->largest_batch, "The most messages in one write since the start.");
 	histogram(out, "store_latency_seconds", &consumer->store_latency,
-	          "Time of a batch from its submission until all of it is durable.");
+	          "Time of a batch from the receipt of its first message until all of it is durable.");
 	gauge(out, "database_up", consumer->database_up, "1 when MongoDB answered the last time it was used.");
 	gauge(out, "consumer_connections", (uint64_t)consumer->connections, "Connections the consumer wants.");
 	gauge(out, "consumer_connections_up", (uint64_t)consumer->connections_up,

@@ -5,6 +5,7 @@
 #include "log.h"
 #include "memory.h"
 #include "mqtt.h"
+#include "pace.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -20,10 +21,12 @@ struct qos0 {
 	void *owner;
 	struct mqtt *mqtt;
 	struct delivery_sender sender;
-	struct delivery_parcel *filling; /* or NULL */
-	size_t parcels;                  /* under way */
-	size_t bytes;                    /* in them */
-	size_t held;                     /* messages that mqtt.c takes for held */
+	struct delivery_parcel *filling; /* or NULL; while there is one, `due` runs, or PARCELS_MOST are under way */
+	uv_timer_t due;                  /* of the batch that is filling */
+	struct pace pace;
+	size_t parcels; /* under way */
+	size_t bytes;   /* in them */
+	size_t held;    /* messages that mqtt.c takes for held */
 	struct log_repeat overload, refusal;
 	bool up;     /* connected and subscribed, and counted so */
 	bool closed; /* the connection; which it is only while stopping */
@@ -32,15 +35,48 @@ struct qos0 {
 
 static void close_when_idle(struct qos0 *qos0);
 
+static uint64_t now(const struct qos0 *qos0)
+{
+	return uv_now(qos0->due.loop);
+}
+
+static uint64_t interval_ms(const struct qos0 *qos0)
+{
+	return delivery_interval_ms(qos0->delivery, &qos0->sender);
+}
+
 static void submit(struct qos0 *qos0)
 {
 	struct delivery_parcel *parcel = qos0->filling;
+	uv_timer_stop(&qos0->due);
 	if (parcel == NULL)
 		return;
 	qos0->filling = NULL;
 	qos0->parcels++;
 	qos0->bytes += delivery_bytes(parcel);
+	pace_write(&qos0->pace, now(qos0));
 	delivery_submit(parcel);
+}
+
+static void submit_if_ready(struct qos0 *qos0)
+{
+	if (qos0->filling != NULL && qos0->parcels < PARCELS_MOST &&
+	    pace_is_ready(&qos0->pace, qos0->filling->batch.count, interval_ms(qos0), now(qos0)))
+		submit(qos0);
+}
+
+/* A parcel that comes back sees to it as well. */
+static void batch_due(uv_timer_t *timer)
+{
+	submit_if_ready(container_of(timer, struct qos0, due));
+}
+
+static void open_batch(struct qos0 *qos0)
+{
+	uint64_t due = pace_due(&qos0->pace, interval_ms(qos0), now(qos0));
+	qos0->filling = delivery_take(qos0->delivery, &qos0->sender);
+	qos0->filling->batch.route = qos0->filter;
+	uv_timer_start(&qos0->due, batch_due, due - now(qos0), 0);
 }
 
 static void on_settled(struct delivery_sender *sender, size_t durable, size_t open, size_t bytes)
@@ -48,8 +84,7 @@ static void on_settled(struct delivery_sender *sender, size_t durable, size_t op
 	struct qos0 *qos0 = container_of(sender, struct qos0, sender);
 	qos0->parcels--;
 	qos0->bytes -= bytes;
-	if (qos0->parcels < PARCELS_MOST)
-		submit(qos0);
+	submit_if_ready(qos0);
 	close_when_idle(qos0);
 }
 
@@ -113,8 +148,7 @@ static void on_message(void *owner, const struct mqtt_message *message)
 		return;
 	}
 	if (qos0->filling == NULL)
-		qos0->filling = delivery_take(qos0->delivery, &qos0->sender);
-	qos0->filling->batch.route = qos0->filter;
+		open_batch(qos0);
 	const struct config_consumer *config = &qos0->config->consumer;
 	batch_add(&qos0->filling->batch, message, &config->id, (size_t)config->max_payload, clock_wall_ms());
 	if (delivery_is_full(qos0->filling))
@@ -128,8 +162,7 @@ static void on_drained(void *owner)
 	size_t held = qos0->held;
 	qos0->held = 0;
 	mqtt_durable(qos0->mqtt, mqtt_generation(qos0->mqtt), held);
-	if (qos0->parcels < PARCELS_MOST)
-		submit(qos0);
+	submit_if_ready(qos0);
 }
 
 static const struct mqtt_handler mqtt_handler = {
@@ -153,6 +186,7 @@ struct qos0 *qos0_create(uv_loop_t *loop, const struct qos0_options *options, vo
 	qos0->owner = owner;
 	qos0->counters->connections++;
 	qos0->sender = (struct delivery_sender){.settled = on_settled};
+	uv_timer_init(loop, &qos0->due);
 	struct mqtt_options mqtt = {.config = &options->config->mqtt,
 	                            .client_id = options->client_id,
 	                            .name = "consumer of QoS 0",
@@ -173,16 +207,21 @@ bool qos0_is_up(const struct qos0 *qos0)
 
 /* ---- stopping ---- */
 
-static void close_when_idle(struct qos0 *qos0)
+static void timer_closed(uv_handle_t *handle)
 {
-	if (!qos0->closed || qos0->parcels > 0)
-		return;
+	struct qos0 *qos0 = container_of((uv_timer_t *)handle, struct qos0, due);
 	qos0->counters->connections--;
 	mqtt_free(qos0->mqtt);
 	void (*stopped)(void *) = qos0->stopped;
 	void *owner = qos0->owner;
 	free(qos0);
 	stopped(owner);
+}
+
+static void close_when_idle(struct qos0 *qos0)
+{
+	if (qos0->closed && qos0->parcels == 0)
+		uv_close((uv_handle_t *)&qos0->due, timer_closed);
 }
 
 static void mqtt_closed(void *owner)

@@ -1,0 +1,63 @@
+/*
+ * When does a batch that is filling leave? Each write costs the service about as much CPU time as 60 messages, and
+ * MongoDB a flush of its journal; so while messages keep coming a connection's next write waits until `interval` has
+ * passed since its last one began. The first message after a pause finds that it has, and is stored at once. A batch
+ * leaves earlier when waiting would save little, or when nothing can come:
+ *
+ *   - it is PACE_LARGE, and the socket empty (in a drain, reading on makes it larger still);
+ *   - the broker's window is used up: it sends nothing more before we acknowledge;
+ *   - nothing has come for a while, long compared to the gaps between its messages: a burst is over, or they were a
+ *     part of the window of a broker far away.
+ *
+ * How large that window is no broker says (our receive maximum only limits it; mosquitto has
+ * 20 under MQTT 3.1.1, RabbitMQ 10, EMQX 32). So it is learnt: the most messages that were ever unacknowledged on the
+ * connection, if after them nothing came for a while. That may have been the rate, not the window: then it does no harm
+ * while the rate stays, and when it rises, more than so many are read at once, or a wait of now and then shows it.
+ *
+ * Pure: times are milliseconds of any clock that does not go backwards. Loop thread.
+ */
+#ifndef MQTT2MONGO_PACE_H
+#define MQTT2MONGO_PACE_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+enum {
+	PACE_LARGE = 256, /* messages: docs/performance.md shows the curve, which is flat from there on */
+};
+
+/* Of one connection. Starts zeroed. */
+struct pace {
+	bool began;       /* there was a write, */
+	uint64_t last_at; /* and so the last one began */
+
+	size_t unacknowledged;      /* messages of QoS 1 */
+	uint64_t first_of, last_of; /* when the first and the last of them came */
+	size_t reached;             /* the most there ever were */
+	bool is_window;             /* after those nothing came */
+	uint64_t trial_at;          /* from when on that is doubted once more */
+};
+
+/* Another connection: its window may be another. */
+void pace_connected(struct pace *pace);
+
+/* A message came. */
+void pace_message(struct pace *pace, int qos, uint64_t now);
+
+/* All that came before is acknowledged. */
+void pace_acknowledged(struct pace *pace);
+
+/* The time at which a batch that is filling leaves, unless a message comes before. `interval` in ms; 0: at once. */
+uint64_t pace_due(const struct pace *pace, uint64_t interval, uint64_t now);
+
+/* The socket is empty: does the batch of `count` messages leave now? */
+bool pace_is_ready(struct pace *pace, size_t count, uint64_t interval, uint64_t now);
+
+/* The time has come. */
+void pace_waited(struct pace *pace, uint64_t interval, uint64_t now);
+
+/* A batch leaves. */
+void pace_write(struct pace *pace, uint64_t now);
+
+#endif

@@ -1,0 +1,169 @@
+"""consumer.batch.interval: while messages keep coming they share writes, and no message stays behind for it."""
+
+import json
+import time
+import urllib.request
+
+import pytest
+
+import clients
+import peers
+from processes import TIME_FACTOR, free_port, wait_until
+
+CONNACK, SUBACK = b"\x20\x03\x00\x00\x00", b"\x90\x04\x00\x01\x00\x01"
+LONG = 7  # seconds: a quarter of the hold limit, to which the longest interval is cut
+NOBODY_WAITS = LONG / 2 * TIME_FACTOR
+
+
+@pytest.fixture
+def consumer(service, mongod, database):
+    def start(broker, interval, **settings):
+        running = service(broker=broker, mongod=mongod, database=database, settings={
+            "consumer.topic": "sensors/#", "consumer.batch.interval": interval, **settings})
+        running.wait_log("subscribed to")
+        return running
+
+    return start
+
+
+def batches(running):
+    return running.sums()["consumer"]["batches"]
+
+
+def in_order(collection):
+    return [document["payload"]["n"] for document in collection.find().sort("payload.n")]
+
+
+def second_waits(running, broker, count=1):
+    """One message, stored at once, and `count` that come before the interval is over, which wait."""
+    clients.publish(broker.port, ['{"n": 0}'])
+    running.wait_stored(1, NOBODY_WAITS)
+    clients.publish(broker.port, [f'{{"n": {n}}}' for n in range(1, count + 1)])
+    wait_until(lambda: running.sums()["consumer"]["in_flight"] == count, 5, "they are there")
+
+
+@pytest.mark.parametrize("qos", [1, 0])
+def test_messages_that_keep_coming_share_writes(consumer, mosquitto, collection, qos):
+    """100 messages a second: each a write of its own, or a few writes for all of them."""
+    broker = mosquitto()
+    seen = {}
+    for interval in ("0s", "500ms"):
+        running = consumer(broker, interval, **{"consumer.qos": qos})
+        clients.publish(broker.port, 200, pace=100, qos=qos)
+        running.wait_stored(200)
+        seen[interval] = batches(running)
+        running.stop()
+    print(seen)
+    assert seen["500ms"] <= 2 / 0.5 + 5 and seen["0s"] > 5 * seen["500ms"]
+    assert in_order(collection) == sorted(2 * list(range(200)))
+
+
+@pytest.mark.parametrize("qos", [1, 0])
+def test_a_message_after_a_pause_is_stored_at_once(consumer, mosquitto, qos):
+    broker = mosquitto()
+    running = consumer(broker, "1s", **{"consumer.qos": qos})
+    for number in range(3):
+        time.sleep(1.1)
+        begun = time.monotonic()
+        clients.publish(broker.port, 1, qos=qos)
+        running.wait_stored(number + 1)
+        assert time.monotonic() - begun < 0.6 * TIME_FACTOR
+
+
+@pytest.mark.parametrize("window", [1, 10, 20])
+def test_a_small_window_is_not_waited_for(consumer, mosquitto, window):
+    """MQTT 3.1.1, where nothing tells how many messages the broker sends before the first is acknowledged. With a second for each
+    window this would take 500, 50, 25 seconds."""
+    broker = mosquitto(base=f"max_inflight_messages {window}\nmax_queued_messages 1000\n")
+    running = consumer(broker, "1s", **{"mqtt.protocol": "3.1.1"})
+    clients.publish(broker.port, 500)
+    running.wait_stored(500, 8)
+
+
+def test_a_burst_that_is_over_is_not_waited_for(consumer, mosquitto):
+    broker = mosquitto()
+    running = consumer(broker, "10s")
+    clients.publish(broker.port, 100)
+    running.wait_stored(100, NOBODY_WAITS)
+
+
+def test_stopping_stores_what_waits(consumer, mosquitto, collection):
+    broker = mosquitto()
+    running = consumer(broker, "10s")
+    second_waits(running, broker)
+    begun = time.monotonic()
+    sums = running.stop()["consumer"]
+    assert time.monotonic() - begun < NOBODY_WAITS
+    assert (sums["stored"], sums["returned"]) == (2, 0) and in_order(collection) == [0, 1]
+
+
+def test_stopping_stores_what_waits_of_qos_0(consumer, mosquitto, collection):
+    broker = mosquitto()
+    running = consumer(broker, "10s", **{"consumer.qos": 0})
+    clients.publish(broker.port, ['{"n": 0}'], qos=0)
+    running.wait_stored(1, NOBODY_WAITS)
+    clients.publish(broker.port, ['{"n": 1}'], qos=0)
+    wait_until(lambda: running.sums()["consumer"]["in_flight"] == 1, 5, "it is there")
+    begun = time.monotonic()
+    assert running.stop()["consumer"]["stored"] == 2
+    assert time.monotonic() - begun < NOBODY_WAITS and in_order(collection) == [0, 1]
+
+
+def test_a_lost_connection_stores_what_waits(consumer, mosquitto, collection):
+    broker = mosquitto()
+    running = consumer(broker, "10s")
+    second_waits(running, broker)
+    broker.kill9()
+    running.wait_stored(2, NOBODY_WAITS)
+    assert in_order(collection) == [0, 1]
+
+
+def test_what_waits_at_the_hold_limit_is_handed_back_with_the_rest(service, mosquitto, fresh_mongod):
+    """The first message meets a MongoDB that does not answer, the others come just before the hold limit and still wait."""
+    broker, server = mosquitto(), fresh_mongod()
+    running = service(broker=broker, mongod=server, settings={
+        "consumer.batch.interval": "10s", "mqtt.keepalive": "5s", "spool.max_size": 0, "mqtt.watch_broker": "false",
+        "mongodb.uri": f"{server.uri}&socketTimeoutMS=3000"})
+    running.wait_log("subscribed to")
+    server.sigstop()
+    clients.publish(broker.port, ['{"n": 0}'])
+    clients.publish(broker.port, [f'{{"n": {n}}}' for n in range(1, 60)], pace=40)  # over the hold limit of 1.25 s
+    running.wait_log("handed back to the broker", timeout=10)
+    wait_until(lambda: running.sums()["consumer"]["in_flight"] == 0, 10, "nothing is kept")
+    server.sigcont()
+    running.wait_stored(60)
+    with server.client() as client:
+        assert {document["payload"]["n"] for document in client.mqtt2mongo.messages.find()} == set(range(60))
+    running.stop()
+
+
+def published(number, identifier):
+    """A PUBLISH at QoS 1 to sensors/a, MQTT 5."""
+    payload = b'{"n": %d}' % number
+    body = b"\x00\x09sensors/a" + identifier.to_bytes(2) + b"\x00" + payload
+    return b"\x32" + bytes([len(body)]) + body
+
+
+@pytest.mark.parametrize("cut", ["nothing", "a half", "a byte", "another's first byte"])
+def test_nothing_stays_behind_when_the_broker_says_no_more(consumer, mosquitto, collection, cut):
+    """A batch that is filling leaves by itself, whatever the reader is left with."""
+    second, third = published(1, 2), published(2, 3)
+    left = {"nothing": (second, b""), "a half": (second, third[:9]), "a byte": (second, third[:-1]),
+            "another's first byte": (second, b"\xd0")}[cut]
+    with peers.Peer(peers.answer(CONNACK, SUBACK + published(0, 1), b"".join(left), every=0.2)) as peer:
+        running = consumer(peer, "1s", **{"mqtt.watch_broker": "false"})
+        running.wait_stored(2, NOBODY_WAITS)
+        assert in_order(collection) == [0, 1]
+        running.stop()
+
+
+def test_latency_is_measured_from_receipt(consumer, mosquitto):
+    """What a message waits is in store_latency_seconds."""
+    broker, port = mosquitto(), free_port()
+    running = consumer(broker, "1s", **{"http.listen": f"127.0.0.1:{port}"})
+    clients.publish(broker.port, 100, pace=50)
+    running.wait_stored(100)
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/status.json", timeout=5) as answer:
+        status = json.load(answer)
+    print(status["database"], batches(running))
+    assert 300 < status["database"]["mean_store_latency_ms"] < 2000 * TIME_FACTOR
