@@ -127,7 +127,8 @@ def test_a_frozen_mongodb(service, mosquitto, fresh_mongod, end):
     Held: no message is acknowledged meanwhile, all are stored when it goes on, sums add up throughout, the service survives."""
     broker, server = mosquitto(), fresh_mongod()
     running = consumer(service, broker, server,
-                       **{"mongodb.uri": f"{server.uri}&socketTimeoutMS=5000", "consumer.batch.count": 800})
+                       **{"mongodb.uri": f"{server.uri}&socketTimeoutMS=5000", "consumer.batch.count": 800,
+                          "consumer.batch.interval": "0s"})
     join = clients.publisher_thread(broker.port, payloads(3000), pace=500)
     running.wait_stored(300)
     running.sigstop()
