@@ -285,11 +285,12 @@ static bool has_room(void *owner)
 	       lane->pending_bytes < (size_t)config->batch_bytes;
 }
 
-/* While a batch fills, reading goes on. */
-static bool lingers(void *owner)
+static enum mqtt_reading reading(void *owner)
 {
 	const struct lane *lane = owner;
-	return lane->filling != NULL;
+	if (lane->filling == NULL)
+		return MQTT_READ_NOTHING;
+	return pace_is_fast(&lane->pace) ? MQTT_READ_SELDOM : MQTT_READ_ON;
 }
 
 static void on_drained(void *owner)
@@ -370,7 +371,7 @@ static const struct mqtt_handler mqtt_handler = {
     .message = on_message,
     .room = has_room,
     .drained = on_drained,
-    .lingers = lingers,
+    .reading = reading,
     .subscribed = on_subscribed,
     .unsubscribed = on_unsubscribed,
 };

@@ -42,6 +42,7 @@ enum {
 	BURST_MS = 40,       /* read at most this long before the loop gets its turn */
 	CLOCK_EVERY = 64,    /* reads between two looks at the clock */
 	SEND_MAXIMUM = 1000, /* our own window towards a broker that states none */
+	REST_MS = 2,         /* between two looks at the socket, where it is read seldom */
 	RESENT_MS = 1000, /* held so long, a message may be sent again on the same connection by brokers that do so */
 	REASON_TEXT = 256,
 };
@@ -97,10 +98,11 @@ struct mqtt {
 	uint64_t held_at;               /* loop time at which the gate closed */
 	bool in_library;                /* a callback is above us on the stack: nothing may be destroyed */
 	bool in_burst;                  /* handler->drained is above us on the stack */
+	bool resting;                   /* the socket is left alone, until `timer` */
 	bool phantom; /* the library wants to write, but a flush sends nothing: TLS waits for the peer. No reason to
 	                 poll */
 
-	uv_timer_t timer; /* backoff, connect timeout, close timeout: one at a time */
+	uv_timer_t timer; /* backoff, connect timeout, rest, close timeout: one at a time */
 	uv_timer_t keepalive;
 	uint64_t deadline; /* of the connect attempt, loop time */
 	uint64_t up_at;
@@ -129,6 +131,7 @@ static void finish_close(struct mqtt *mqtt);
 static void tell_when_closed(struct mqtt *mqtt);
 static void close_gracefully(struct mqtt *mqtt);
 static void read_burst(struct mqtt *mqtt);
+static void wait_for_more(struct mqtt *mqtt);
 static void update_poll(struct mqtt *mqtt);
 
 static enum log_level level(const struct mqtt *mqtt, enum log_level usual)
@@ -199,6 +202,7 @@ static void drop_connection(struct mqtt *mqtt)
 	mqtt->messages = 0;
 	mqtt->queued = 0;
 	mqtt->phantom = false;
+	mqtt->resting = false;
 	mqtt->doomed[0] = 0;
 }
 
@@ -320,16 +324,39 @@ static bool may_read(const struct mqtt *mqtt)
 	return mqtt->handler.room == NULL || mqtt->handler.room(mqtt->owner);
 }
 
-/* More may be read although messages are held: what is unsent then are their PUBACKs, which wait for the gate. */
-static bool lingers(const struct mqtt *mqtt)
+/* Nothing is held, or more may be read all the same: what is unsent then are PUBACKs, which wait for the gate. */
+static enum mqtt_reading reading(const struct mqtt *mqtt)
 {
-	return mqtt->held != 0 && mqtt->handler.lingers != NULL && mqtt->handler.lingers(mqtt->owner);
+	if (mqtt->held == 0)
+		return MQTT_READ_ON;
+	return mqtt->handler.reading != NULL ? mqtt->handler.reading(mqtt->owner) : MQTT_READ_NOTHING;
+}
+
+static bool unsent(const struct mqtt *mqtt)
+{
+	return mosquitto_want_write(mqtt->client) && !mqtt->phantom;
+}
+
+/* Nothing may be read now. */
+static bool is_blocked(const struct mqtt *mqtt)
+{
+	if (!is_consumer(mqtt) || mqtt->state != UP)
+		return false;
+	return mqtt->held != 0 ? reading(mqtt) == MQTT_READ_NOTHING : unsent(mqtt);
 }
 
 /* One segment for many PUBACKs: without it each leaves in a packet of its own. */
 static void set_cork(struct mqtt *mqtt, int on)
 {
 	setsockopt(mqtt->link->fd, IPPROTO_TCP, TCP_CORK, &on, sizeof on);
+}
+
+/* Nothing will be written for a while that could carry TCP's acknowledgement, and the kernel would wait 40 ms for it. A
+ * broker that has not switched Nagle's algorithm off (mosquitto, by default) sends no further small packet before. */
+static void acknowledge_segments(struct mqtt *mqtt)
+{
+	static const int on = 1;
+	setsockopt(mqtt->link->fd, IPPROTO_TCP, TCP_QUICKACK, &on, sizeof on);
 }
 
 static void on_log(struct mosquitto *client, void *context, int level, const char *text);
@@ -352,11 +379,6 @@ static void end_round(struct mqtt *mqtt)
 		listen_to_log(mqtt, true);
 	else if (mqtt->round_acks && !mqtt->round_repeats)
 		listen_to_log(mqtt, false);
-}
-
-static bool unsent(const struct mqtt *mqtt)
-{
-	return mosquitto_want_write(mqtt->client) && !mqtt->phantom;
 }
 
 /* Send everything queued. Returns false when the connection ended over it. */
@@ -701,6 +723,28 @@ static void read_burst(struct mqtt *mqtt)
 	if (more && mqtt->handler.drained != NULL)
 		mqtt->handler.drained(mqtt->owner);
 	mqtt->in_burst = false;
+	if (more && mqtt->held != 0 && reading(mqtt) != MQTT_READ_NOTHING)
+		wait_for_more(mqtt);
+}
+
+static void rest_over(uv_timer_t *timer)
+{
+	struct mqtt *mqtt = container_of(timer, struct mqtt, timer);
+	mqtt->resting = false;
+	if (!is_blocked(mqtt))
+		read_burst(mqtt);
+	if (mqtt->link != NULL && flush(mqtt))
+		update_poll(mqtt);
+}
+
+/* What came is held, and a batch fills. */
+static void wait_for_more(struct mqtt *mqtt)
+{
+	acknowledge_segments(mqtt);
+	if (reading(mqtt) != MQTT_READ_SELDOM)
+		return;
+	mqtt->resting = true;
+	uv_timer_start(&mqtt->timer, rest_over, REST_MS, 0);
 }
 
 static int wanted_events(struct mqtt *mqtt)
@@ -713,7 +757,7 @@ static int wanted_events(struct mqtt *mqtt)
 		return UV_READABLE | (waiting ? UV_WRITABLE : 0);
 	if (waiting)
 		return UV_DISCONNECT | UV_WRITABLE;
-	if ((mqtt->held != 0 && !lingers(mqtt)) || !may_read(mqtt))
+	if (reading(mqtt) == MQTT_READ_NOTHING || mqtt->resting || !may_read(mqtt))
 		return UV_DISCONNECT;
 	return UV_READABLE;
 }
@@ -750,8 +794,7 @@ static void on_poll(uv_poll_t *poll, int status, int events)
 	}
 	if ((events & UV_WRITABLE) && !flush(mqtt))
 		return;
-	bool blocked = is_consumer(mqtt) && mqtt->state == UP && (mqtt->held != 0 || unsent(mqtt)) && !lingers(mqtt);
-	if ((events & (UV_READABLE | UV_WRITABLE) || status < 0) && !blocked)
+	if ((events & (UV_READABLE | UV_WRITABLE) || status < 0) && !is_blocked(mqtt))
 		read_burst(mqtt);
 	if (mqtt->link != link)
 		return;

@@ -48,6 +48,13 @@ struct mqtt_granted {
 	bool shares; /* it takes shared subscriptions, or does not say otherwise (MQTT 5 §3.2.2.3.13) */
 };
 
+/* How the owner wants a connection read while messages of it are held. */
+enum mqtt_reading {
+	MQTT_READ_NOTHING, /* until all are durable */
+	MQTT_READ_ON,      /* there is room for more, which share their fate; nothing is written */
+	MQTT_READ_SELDOM,  /* the same, a few milliseconds' worth at a time: so many come that each wake-up counts */
+};
+
 /* Members may be NULL where the owner does not care. */
 struct mqtt_handler {
 	/* CONNACK accepted: subscribe or publish now. */
@@ -61,8 +68,8 @@ struct mqtt_handler {
 	bool (*room)(void *owner);
 	/* After a burst in which messages came: the socket is empty or there is no more room. */
 	void (*drained)(void *owner);
-	/* True: read on, while there is room, although messages are held; nothing is written. NULL: false. */
-	bool (*lingers)(void *owner);
+	/* NULL: MQTT_READ_NOTHING. */
+	enum mqtt_reading (*reading)(void *owner);
 	/* SUBACK: the granted QoS, or a reason code ≥ 0x80. */
 	void (*subscribed)(void *owner, int reason);
 	void (*unsubscribed)(void *owner);

@@ -61,6 +61,12 @@ bool pace_is_ready(struct pace *pace, size_t count, uint64_t interval, uint64_t 
 	return count >= PACE_LARGE || pace_due(pace, interval, now) <= now || is_used_up(pace, now);
 }
 
+bool pace_is_fast(const struct pace *pace)
+{
+	return !pace->is_window && pace->unacknowledged >= QUIET_LEAST &&
+	       pace->unacknowledged > pace->last_of - pace->first_of;
+}
+
 void pace_waited(struct pace *pace, uint64_t interval, uint64_t now)
 {
 	if (pace->unacknowledged == 0 || pace->unacknowledged < pace->reached || now < quiet_from(pace))

@@ -54,6 +54,10 @@ uint64_t pace_due(const struct pace *pace, uint64_t interval, uint64_t now);
 /* The socket is empty: does the batch of `count` messages leave now? */
 bool pace_is_ready(struct pace *pace, size_t count, uint64_t interval, uint64_t now);
 
+/* A message or more comes each millisecond, and no window is known that would be used up soon: nothing is lost when the
+ * socket is read once in a while only. */
+bool pace_is_fast(const struct pace *pace);
+
 /* The time has come. */
 void pace_waited(struct pace *pace, uint64_t interval, uint64_t now);
 

@@ -260,6 +260,28 @@ static void test_a_window_that_was_learnt_is_doubted_now_and_then(void **state)
 	assert_false(pace_is_ready(&pace, 11, INTERVAL, time));
 }
 
+static void test_when_the_socket_is_read_seldom(void **state)
+{
+	struct pace pace = {0};
+	pace_connected(&pace);
+	pace_write(&pace, 100);
+	for (unsigned i = 0; i < 4; i++) {
+		assert_false(pace_is_fast(&pace)); /* too few to tell */
+		pace_message(&pace, 1, 101);
+	}
+	assert_true(pace_is_fast(&pace));
+	pace_message(&pace, 1, 105); /* five in 4 ms */
+	assert_true(pace_is_fast(&pace));
+	pace_message(&pace, 1, 107);
+	assert_false(pace_is_fast(&pace));
+	pace_waited(&pace, INTERVAL, 200); /* six may be the window */
+	for (unsigned i = 0; i < 6; i++)
+		pace_message(&pace, 1, 107);
+	assert_true(pace_is_fast(&pace)); /* they are not */
+	pace_waited(&pace, INTERVAL, 200);
+	assert_false(pace_is_fast(&pace)); /* but twelve may be: each is to be seen at once */
+}
+
 static void test_another_connection_has_another_window(void **state)
 {
 	struct model model = model_of(INTERVAL, 10);
@@ -298,6 +320,8 @@ int main(void)
 	    cmocka_unit_test(test_a_burst_that_is_over_is_not_waited_for),
 	    cmocka_unit_test(test_a_rate_that_rises_is_not_taken_for_a_window),
 	    cmocka_unit_test(test_a_window_that_was_learnt_is_doubted_now_and_then),
+	    cmocka_unit_test(test_when_the_socket_is_read_seldom),
+	    cmocka_unit_test(test_when_the_socket_is_read_seldom),
 	    cmocka_unit_test(test_another_connection_has_another_window),
 	    cmocka_unit_test(test_messages_of_qos_0_are_in_no_window),
 	};
