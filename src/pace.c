@@ -58,7 +58,8 @@ static bool is_used_up(struct pace *pace, uint64_t now)
 
 bool pace_is_ready(struct pace *pace, size_t count, uint64_t interval, uint64_t now)
 {
-	return count >= PACE_LARGE || pace_due(pace, interval, now) <= now || is_used_up(pace, now);
+	bool large = count >= PACE_LARGE || pace->unacknowledged >= PACE_LARGE;
+	return large || pace_due(pace, interval, now) <= now || is_used_up(pace, now);
 }
 
 bool pace_is_fast(const struct pace *pace)

@@ -4,7 +4,8 @@
  * passed since its last one began. The first message after a pause finds that it has, and is stored at once. A batch
  * leaves earlier when waiting would save little, or when nothing can come:
  *
- *   - it is PACE_LARGE, and the socket empty (in a drain, reading on makes it larger still);
+ *   - it, or it and what left before it and cannot be acknowledged without it, is PACE_LARGE, and the socket empty (in
+ * a drain, reading on makes it larger still);
  *   - the broker's window is used up: it sends nothing more before we acknowledge;
  *   - nothing has come for a while, long compared to the gaps between its messages: a burst is over, or they were a
  *     part of the window of a broker far away.
