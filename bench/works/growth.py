@@ -1,8 +1,8 @@
 """Does a message cost more when there are more of them, or more topics? What is measured is mqtt2mongo-1.
 
 It is started on an empty session, frozen (SIGSTOP) while the backlog is published, and set going again. Measured is from then until
-the collection has the last message: wall time, and CPU from /proc, which leaves out the start of the process and its end. 10,000
-messages take about ten of the kernel's ticks, so they are drained several times in one life and added up.
+the collection has the last message: wall time, and CPU as the kernel counts it, which leaves out the start of the process and its
+end. 10,000 messages take a tenth of a second, so they are drained several times in one life and added up.
 """
 
 import time

@@ -80,7 +80,7 @@ class Window:
 
     @property
     def cpu_us(self):
-        """None where the kernel's ticks of 10 ms are too coarse."""
+        """None where it is so little that what it does beside the messages shows."""
         return self.cpu / self.count * 1e6 if self.cpu > 0.5 else None
 
 
