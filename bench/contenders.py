@@ -9,6 +9,8 @@ A contender has
     argv()         its command line. `count`: how many messages will come, None if they do not end; `counter`: a Counter
                    that one which stores nothing keeps itself
     sums()         what its process said of itself, for the report
+    check()        what it stored is what was sent;  sequence: where its documents have a message's number
+    gathers        seconds that messages wait in it for others, by its configuration
 """
 
 import json
@@ -16,15 +18,18 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from string import Template
 
 from harness import BARE, BUILD, COLLECTION, DATABASE, FILTER, INSERT, ROOT, WINDOW, Failed
 
 PEERS = Path(__file__).resolve().parent / "peers"
 NODE = ROOT / "build" / "bench" / "node"
+TELEGRAF = ROOT / "build" / "bench" / "telegraf" / "telegraf"
 
 
 class Contender:
     stores, ends = True, False
+    sequence, gathers = "payload.sequence", 0
 
     def __init__(self, name, notes=""):
         self.name, self.notes = name, notes
@@ -49,6 +54,9 @@ class Contender:
 
     def sums(self, run):
         return {}
+
+    def check(self, bench, count):
+        bench.check(self.name, count)
 
 
 class Bare(Contender):
@@ -163,6 +171,50 @@ def install_node(tool):
     stamp.write_text(wanted)
 
 
+class Telegraf(Peer):
+    """telegraf with its mqtt_consumer and its mongodb output, configured by peers/telegraf.conf. It speaks MQTT 3.1.1, so its window is
+    the broker's max_inflight_messages, and has documents of its own shape: they are counted, not compared."""
+
+    sequence, gathers = "sequence", 1
+
+    def __init__(self):
+        super().__init__("telegraf", "MQTT 3.1.1; acknowledges what is stored; an insert for each message, of a document of its own "
+                                     "shape, into a plain collection; flush_interval 1s, metric_batch_size 1000")
+
+    @staticmethod
+    def _program():
+        named = os.environ.get("MQTT2MONGO_BENCH_TELEGRAF")
+        return named or (TELEGRAF if TELEGRAF.exists() else shutil.which("telegraf"))
+
+    def missing(self):
+        program = self._program()
+        if program and shutil.which(program):
+            return ""
+        return (f"{program} is no program" if program else
+                f"no telegraf on PATH or in {TELEGRAF.relative_to(ROOT)}; bench/peers/telegraf.conf says how to build one")
+
+    def prepare(self, bench):
+        """Left to itself it would make a time series, of which a change stream tells nothing."""
+        super().prepare(bench)
+        bench.client[DATABASE].create_collection(COLLECTION)
+
+    def argv(self, bench, count=None, counter=None):
+        config = bench.scratch / "runs" / self.name / "telegraf.conf"
+        config.write_text(Template((PEERS / "telegraf.conf").read_text()).substitute(
+            broker=f"tcp://127.0.0.1:{bench.broker.port}", client=self.name, filter=FILTER, window=WINDOW, uri=bench.mongod.uri,
+            database=DATABASE, collection=COLLECTION))
+        return [self._program(), "--config", config]
+
+    def check(self, bench, count):
+        numbers = {"documents": {"$sum": 1}, "first": {"$min": "$_id"}, "last": {"$max": "$_id"}, "most": {"$max": "$times"}}
+        found = next(bench.messages.aggregate([
+            {"$group": {"_id": "$sequence", "times": {"$sum": 1}}}, {"$group": {"_id": None, **numbers}}]), {})
+        found.pop("_id", None)
+        expected = {"documents": count, "first": 0, "last": count - 1, "most": 1}
+        if found != expected:
+            raise Failed(f"{self.name} stored {found}, not {expected}")
+
+
 _ACKS_AFTER = "acknowledges when insert_one has returned; a failed insert ends it"
 _ACKS_EARLY = "acknowledges before it has stored: what is in its memory is lost with it"
 
@@ -170,10 +222,13 @@ ALL = {contender.name: contender for contender in (
     Bare("bare", "subscribe", "stores nothing: the floor, as fast as libmosquitto goes"),
     Bare("bare-loop", "loop", "stores nothing, by mosquitto_loop(), as most programs are written"),
     Insert(1), Insert(2), Service(1), Service(4),
+    Service(1, name="mqtt2mongo-interval-0", settings={"consumer.batch.interval": "0s"},
+            notes="mqtt2mongo-1 with consumer.batch.interval 0s: each write is made at once"),
     Python("python", "python_single.py", _ACKS_AFTER),
     Python("python-batched", "python_batched.py", _ACKS_EARLY),
     Node("node", "default", _ACKS_EARLY + "; the server's default write concern"),
     Node("node-durable", "durable", _ACKS_EARLY + "; w:majority, j:true"),
+    Telegraf(),
 )}
 
 

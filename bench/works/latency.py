@@ -14,7 +14,6 @@ from pathlib import Path
 
 from contenders import chosen
 from harness import COLLECTION, DATABASE, LOAD, Failed, Rows, Run, say, wait_until
-from hdrh.histogram import HdrHistogram
 from works.live import live_rate
 
 WATCH = Path(__file__).resolve().parent.parent / "watch.py"
@@ -23,17 +22,29 @@ WARM_UP, MEASURED = 2.0, 4.0
 START_MS = 200  # from the start of the publisher until the first message is due
 LARGEST_US = 120_000_000
 PERCENTILES = (0, 25, 50, 75, 90, 95, 98, 99, 99.5, 99.8, 99.9, 99.95, 99.99, 100)
-CONTENDERS = ["mqtt2mongo-1", "mqtt2mongo-4", "node-durable", "python-batched"]
+CONTENDERS = ["mqtt2mongo-1", "mqtt2mongo-interval-0", "node-durable", "mqtt2mongo-4", "python-batched"]
 PLAIN = 12_500  # messages a second, beside the parts of the live rate: the same in every run
-LIVE_AS = {"node-durable": "node"}  # has no live rate of its own
+LIVE_AS = {"node-durable": "node", "mqtt2mongo-interval-0": "mqtt2mongo-1"}  # have no live rate of their own
 
 
-def new_histogram():
-    return HdrHistogram(1, LARGEST_US, 3)
+def new_histogram(values=()):
+    """Of latencies in µs."""
+    from hdrh.histogram import HdrHistogram  # here: whoever only reads results need not have it
+
+    histogram = HdrHistogram(1, LARGEST_US, 3)
+    for value in values:
+        histogram.record_value(min(max(1, round(value)), LARGEST_US))
+    return histogram
 
 
 def at_percentile(histogram, percentile):
     return histogram.get_value_at_percentile(percentile) / 1000
+
+
+def latencies(seen, rate, t0, first):
+    """The µs from when each message was due until it was seen, of messages from number `first` on. `seen`: {sequence: ns}, t0: ns
+    when number 0 was due."""
+    return [(when - t0 - sequence / rate * 1e9) / 1000 for sequence, when in seen.items() if sequence >= first]
 
 
 class Load:
@@ -46,22 +57,14 @@ class Load:
     def watched(self):
         return -(-self.count // EVERY)
 
-    def histogram(self, seen, t0):
-        """Of the latencies in µs. `seen`: {sequence: ns}."""
-        histogram = new_histogram()
-        for sequence, when in seen.items():
-            if sequence >= self.first:
-                histogram.record_value(min(max(1, round((when - t0 - sequence / self.rate * 1e9) / 1000)), LARGEST_US))
-        return histogram
-
 
 class Watcher(Run):
-    """bench/watch.py, ready."""
+    """bench/watch.py, ready. It ends once it has seen `expected` messages; 0: by finish(), when it has seen all."""
 
-    def __init__(self, bench, expected):
+    def __init__(self, bench, field, every, expected=0):
         self.file = bench.scratch / "runs" / "seen"
         self.file.unlink(missing_ok=True)
-        super().__init__("watch", bench.scratch / "runs", [sys.executable, WATCH, bench.mongod.uri, DATABASE, COLLECTION, EVERY,
+        super().__init__("watch", bench.scratch / "runs", [sys.executable, WATCH, bench.mongod.uri, DATABASE, COLLECTION, field, every,
                                                            expected, self.file])
         wait_until(lambda: self.check_alive() or "ready" in self.stdout.read_text(), 20, "the watcher is ready")
 
@@ -81,7 +84,7 @@ def measure(bench, contender, load):
     bench.clear()
     contender.prepare(bench)
     argv = [LOAD, "-p", bench.broker.port, "-n", load.count, "-r", f"{load.rate:.3f}", "-d", START_MS]
-    with (Watcher(bench, load.watched) as watcher, bench.connected(contender) as run,
+    with (Watcher(bench, contender.sequence, EVERY, load.watched) as watcher, bench.connected(contender) as run,
           Run("load", bench.scratch / "runs", argv) as publisher):
         wait_until(lambda: not publisher.alive, 60, f"all {load.count} messages for {contender.name} are sent", interval=0.1)
         publisher.ended_well(publisher.popen.returncode)
@@ -95,7 +98,7 @@ def measure(bench, contender, load):
     if len(seen) != load.watched:
         raise Failed(f"the watcher saw {len(seen)} of {load.watched} messages of {contender.name}")
     began, ended = (json.loads(line) for line in publisher.stdout.read_text().splitlines())
-    return load.histogram(seen, began["t0"]), run, {
+    return new_histogram(latencies(seen, load.rate, began["t0"], load.first)), run, {
         "watcher_behind_ms": max(0, (max(seen.values()) - stored) / 1e6), "publisher_late_ms": ended["late_ms"]}
 
 

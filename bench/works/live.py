@@ -93,12 +93,18 @@ def live(bench):
     return rows.work
 
 
-def live_rate(bench, name):
-    """The median live rate of a contender, from this run's work or else measured now; 0 if it has none."""
+def known_rate(bench, name):
+    """The median live rate of a contender from this run's work; 0 if it has none."""
     rows = bench.found.get("live", {}).get("rows", [])
     values = sorted(value for row in rows if row["contender"] == name for value in row["values"])
-    if values:
-        return values[len(values) // 2]
+    return values[len(values) // 2] if values else 0
+
+
+def live_rate(bench, name):
+    """The same, or else measured now."""
+    known = known_rate(bench, name)
+    if known:
+        return known
     contender = ALL[name]
     try:
         return measure(bench, contender, 3.0).rate
