@@ -31,10 +31,12 @@ from works.latency import latency
 from works.live import live
 from works.payloads import payloads
 from works.publisher import publisher
+from works.rates import rates
 from works.spool import spool
+from works.windows import windows
 
-WORKS = {"drain": drain, "live": live, "latency": latency, "payloads": payloads, "growth": growth, "spool": spool,
-         "publisher": publisher, "cost": cost}
+WORKS = {"drain": drain, "live": live, "rates": rates, "latency": latency, "windows": windows, "payloads": payloads, "growth": growth,
+         "spool": spool, "publisher": publisher, "cost": cost}
 NOT_QUICK = ("payloads", "growth", "spool", "publisher")
 
 
@@ -104,7 +106,7 @@ def options():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few contenders, small counts: minutes instead of half an hour")
     parser.add_argument("--works", help=f"of {', '.join(WORKS)}; default: all, with --quick not {', '.join(NOT_QUICK)}")
-    parser.add_argument("--rounds", type=int, help="turns of each contender; default 5, quick 3")
+    parser.add_argument("--rounds", type=int, help="turns of each contender; default 5, quick 2")
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "bench" / "results", help="directory for the report")
     found = parser.parse_args()
     found.works = [name for name in found.works.split(",") if name] if found.works else [
@@ -112,7 +114,7 @@ def options():
     for name in found.works:
         if name not in WORKS:
             parser.error(f"no work {name}: there are {', '.join(WORKS)}")
-    found.rounds = found.rounds or (3 if found.quick else 5)
+    found.rounds = found.rounds or (2 if found.quick else 5)
     return found
 
 
