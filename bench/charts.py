@@ -1,7 +1,7 @@
 """Charts as small SVG files, without a library: what report.py shows of a work.
 
     bars(title, groups, unit)        groups: [(heading, [(label, [value per round], colour key)])], horizontal, whiskers min to max
-    lines(title, series, …)          series: [(label, [(x, y, low, high)], colour key)], a logarithmic x axis when asked for
+    lines(title, series, …)          series: [(label, [(x, y, low, high)], colour key)], logarithmic axes when asked for
     percentiles(title, series)       series: [(label, [(percentile, ms)], colour key)], the x axis as HDR plots have it
 
 They have no background: text and grid are of a grey that can be read on white and on black, and so can the colours.
@@ -195,13 +195,14 @@ def _y_axis(drawing, plot, values, logarithmic):
     return axis
 
 
-def lines(title, series, x_label, y_unit, logarithmic=True):
+def lines(title, series, x_label, y_unit, logarithmic=True, y_logarithmic=False):
     """A line with a point at each x, and a whisker from the least to the most."""
     keys = [key for _, _, key in series]
     drawing, plot = _frame(title, [label for label, _, _ in series], y_unit)
     left, _, right, bottom = plot
     _legend(drawing, [(label, colour(key, keys), dash(key, keys)) for label, _, key in series])
-    y_axis = _y_axis(drawing, plot, [high for _, points, _ in series for _, _, _, high in points], False)
+    values = [end for _, points, _ in series for _, _, low, high in points for end in (low, high)]
+    y_axis = _y_axis(drawing, plot, values, y_logarithmic and min(values) > 0)
     places = sorted({x for _, points, _ in series for x, _, _, _ in points})
     x_axis = _Axis(places[0], places[-1], left + 20, right - 30, logarithmic and places[0] > 0)
     last = -math.inf

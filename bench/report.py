@@ -14,9 +14,13 @@ import targets
 from charts import number
 
 GROWING = ("growth",)  # the works of which x is the point
+BY_RATE = {  # a chart each of "rates": what of a row, what it is called, its unit
+    "values": ("CPU time of contender and mongod", "µs/msg"), "p50_ms": ("from due to stored, median", "ms"),
+    "p99_ms": ("from due to stored, p99", "ms"), "flushes_per_s": ("flushes of mongod's journal", "flushes/s")}
 EXTRAS = {  # of a row's extra: columns of their own
-    "p50": "p50", "p99.9": "p99.9", "wall_us": "µs/msg", "mb_per_s": "MB/s", "spooled": "spooled",
-    "broker_cpu_us": "broker's CPU", "mongod_cpu_us": "mongod's CPU"}
+    "p50": "p50", "p99.9": "p99.9", "p50_ms": "p50 ms", "p99_ms": "p99 ms", "p999_ms": "p99.9 ms", "wall_us": "µs/msg", "mb_per_s": "MB/s",
+    "spooled": "spooled", "flushes_per_s": "flushes/s", "messages_per_insert": "msg/insert", "broker_cpu_us": "broker's CPU",
+    "mongod_cpu_us": "mongod's CPU"}
 COLUMNS = ("contender", "case", "median", "min–max", "ratio", *EXTRAS.values(), "CPU µs/msg", "peak MiB", "notes")
 
 
@@ -179,6 +183,8 @@ def draw(work):
     rows = [row for row in work["rows"] if present(row["values"])]
     if work["name"] in GROWING:
         return draw_lines(work, rows)
+    if work["name"] == "rates":
+        return draw_rates(work, rows)
     units = unique(unit_of(work, row) for row in rows)
     return {chart_name(work, unit if len(units) > 1 else ""): draw_bars(work, unit, [
         row for row in rows if unit_of(work, row) == unit]) for unit in units}
@@ -210,13 +216,31 @@ def axis_of(row):
     return re.sub(r"^[\d,]+ ", "", row["case"]).removesuffix("s") + "s"
 
 
+def series_of(rows, field="values"):
+    """For charts.lines(): what the rows have in a field, by x, a line for each contender."""
+    points = {}
+    for row in rows:
+        found = present(row["values"] if field == "values" else row["extra"].get(field))
+        if found:
+            points.setdefault(row["contender"], []).append((row["x"], statistics.median(found), min(found), max(found)))
+    return [(contender, sorted(mine), contender) for contender, mine in points.items()]
+
+
 def draw_lines(work, rows):
     """A chart for each axis."""
     drawn = {}
     for axis in unique(axis_of(row) for row in rows):
         mine = [row for row in rows if axis_of(row) == axis]
-        series = [(contender, sorted((row["x"], statistics.median(present(row["values"])), min(present(row["values"])),
-                                      max(present(row["values"]))) for row in mine if row["contender"] == contender), contender)
-                  for contender in unique(row["contender"] for row in mine)]
-        drawn[chart_name(work, axis)] = charts.lines(f"{work['title']}: {axis}", series, axis, unit_of(work, mine[0]))
+        drawn[chart_name(work, axis)] = charts.lines(f"{work['title']}: {axis}", series_of(mine), axis, unit_of(work, mine[0]))
+    return drawn
+
+
+def draw_rates(work, rows):
+    """Both axes are logarithmic: what a message costs at 10 a second is a hundred times what it costs at 10,000."""
+    drawn = {}
+    for field, (what, unit) in BY_RATE.items():
+        series = series_of(rows, field)
+        if series:
+            name = "cpu" if field == "values" else field.partition("_")[0]
+            drawn[chart_name(work, name)] = charts.lines(f"By rate: {what}", series, "messages a second", unit, y_logarithmic=True)
     return drawn
