@@ -172,14 +172,14 @@ def install_node(tool):
 
 
 class Telegraf(Peer):
-    """telegraf with its mqtt_consumer and its mongodb output, configured by peers/telegraf.conf. It speaks MQTT 3.1.1, so its window is
-    the broker's max_inflight_messages, and has documents of its own shape: they are counted, not compared."""
+    """telegraf with its mqtt_consumer and its mongodb output, configured by peers/telegraf.conf. It speaks MQTT 3.1.1, so its window
+    is the broker's max_inflight_messages, and has documents of its own shape: they are counted, not compared."""
 
     sequence, gathers = "sequence", 1
 
     def __init__(self):
-        super().__init__("telegraf", "MQTT 3.1.1; acknowledges what is stored; an insert for each message, of a document of its own "
-                                     "shape, into a plain collection; flush_interval 1s, metric_batch_size 1000")
+        super().__init__("telegraf", "MQTT 3.1.1; acknowledges what is stored; an insert for each message, of a document of its "
+                                     "own shape, into a plain collection; flush_interval 1s, metric_batch_size 1000")
 
     @staticmethod
     def _program():

@@ -18,9 +18,9 @@ BY_RATE = {  # a chart each of "rates": what of a row, what it is called, its un
     "values": ("CPU time of contender and mongod", "µs/msg"), "p50_ms": ("from due to stored, median", "ms"),
     "p99_ms": ("from due to stored, p99", "ms"), "flushes_per_s": ("flushes of mongod's journal", "flushes/s")}
 EXTRAS = {  # of a row's extra: columns of their own
-    "p50": "p50", "p99.9": "p99.9", "p50_ms": "p50 ms", "p99_ms": "p99 ms", "p999_ms": "p99.9 ms", "wall_us": "µs/msg", "mb_per_s": "MB/s",
-    "spooled": "spooled", "flushes_per_s": "flushes/s", "messages_per_insert": "msg/insert", "broker_cpu_us": "broker's CPU",
-    "mongod_cpu_us": "mongod's CPU"}
+    "p50": "p50", "p99.9": "p99.9", "p50_ms": "p50 ms", "p99_ms": "p99 ms", "p999_ms": "p99.9 ms", "wall_us": "µs/msg",
+    "mb_per_s": "MB/s", "spooled": "spooled", "flushes_per_s": "flushes/s", "messages_per_insert": "msg/insert",
+    "broker_cpu_us": "broker's CPU", "mongod_cpu_us": "mongod's CPU"}
 COLUMNS = ("contender", "case", "median", "min–max", "ratio", *EXTRAS.values(), "CPU µs/msg", "peak MiB", "notes")
 
 

@@ -97,7 +97,8 @@ def spent(bench, run, seconds):
     if not messages:
         raise Failed(f"nothing was stored in {seconds} s")
     return {
-        **{f"{who}_cpu_us": (getattr(after, who) - getattr(before, who)) / messages * 1e6 for who in ("contender", "mongod", "broker")},
+        **{f"{who}_cpu_us": (getattr(after, who) - getattr(before, who)) / messages * 1e6
+           for who in ("contender", "mongod", "broker")},
         "flushes_per_s": (after.flushes - before.flushes) / (after.time - before.time),
         "messages_per_insert": messages / max(1, after.inserts - before.inserts)}
 
@@ -146,7 +147,8 @@ def measure(bench, contender, rate):
     if missing:
         raise Failed(f"the watcher has not seen {len(missing)} messages of {contender.name}, as number {min(missing)}")
     histogram = new_histogram(latencies(seen, rate.per_second, schedule.t0, first))
-    return found | {f"{name}_ms": at_percentile(histogram, share) for name, share in (("p50", 50), ("p99", 99), ("p999", 99.9))}, run
+    shares = {"p50_ms": 50, "p99_ms": 99, "p999_ms": 99.9}
+    return found | {name: at_percentile(histogram, share) for name, share in shares.items()}, run
 
 
 def take(bench, rows, contender, rate):
@@ -159,10 +161,11 @@ def take(bench, rows, contender, rate):
             return
         own = found.pop("contender_cpu_us")
         total = own + found["mongod_cpu_us"]
-        rows.add(contender, rate.case, total, x=rate.per_second, cpu_us=own, peak_mib=run.peak / 1024, extra={**found, **contender.sums(run)})
-        say(f"  {rate.case:>12} {contender.name:21} {total:8.1f} µs CPU/msg: {own:7.1f}, mongod {found['mongod_cpu_us']:7.1f} "
-            f"(broker {found['broker_cpu_us']:6.1f})  {found['flushes_per_s']:6.1f} flushes/s  {found['messages_per_insert']:6.1f} msg/insert  "
-            f"p50 {found['p50_ms']:7.2f}  p99 {found['p99_ms']:7.2f}  p99.9 {found['p999_ms']:7.2f} ms")
+        rows.add(contender, rate.case, total, x=rate.per_second, cpu_us=own, peak_mib=run.peak / 1024,
+                 extra={**found, **contender.sums(run)})
+        say("  {:>12} {:21} {:8.1f} µs CPU/msg: {:7.1f}, mongod {mongod_cpu_us:7.1f} (broker {broker_cpu_us:6.1f})  "
+            "{flushes_per_s:6.1f} flushes/s  {messages_per_insert:6.1f} msg/insert  p50 {p50_ms:7.2f}  p99 {p99_ms:7.2f}  "
+            "p99.9 {p999_ms:7.2f} ms".format(rate.case, contender.name, total, own, **found))
 
 
 def leave_out_slow(bench, rows, contenders, rates):
@@ -177,8 +180,8 @@ def leave_out_slow(bench, rows, contenders, rates):
 def rates(bench):
     chosen_rates = QUICK_RATES if bench.quick else RATES
     contenders, missing = chosen(*(CONTENDERS[:3] if bench.quick else CONTENDERS))
-    rows = Rows("rates", "What a message costs and how long it takes, by rate", "µs CPU/msg", "lower", payload_bytes=110, topics=100,
-                receive_maximum=4096, value="CPU of the contender and mongod", warm_up_seconds=WARM_UP, **idle(bench))
+    rows = Rows("rates", "What a message costs and how long it takes, by rate", "µs CPU/msg", "lower", payload_bytes=110,
+                topics=100, receive_maximum=4096, median_of="CPU time of contender and mongod", warm_up_seconds=WARM_UP, **idle(bench))
     rows.work["base"] = "mqtt2mongo-interval-0"
     for name, why in missing.items():
         rows.leave_out(name, "all", why)
