@@ -184,8 +184,8 @@ static bool read_packets(struct load *load, int wait_ms)
 
 static void connect_broker(struct load *load, int port)
 {
-	static const char hello[] = "\x10\x17\0\4MQTT\5\2\2\x58\0\0\x0a"
-				    "bench-load"; /* clean start, keepalive 600 s */
+	static const char hello[] = "\x10\x17\0\4MQTT\5\2\1\x2c\0\0\x0a"
+				    "bench-load"; /* clean start, keepalive 300 s */
 	struct sockaddr_in address = {.sin_family = AF_INET, .sin_port = htons((uint16_t)port)};
 	int on = 1;
 	address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);

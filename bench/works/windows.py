@@ -35,24 +35,12 @@ CASES = [Case(1, 1_000), Case(10, 8_000), Case(20, 12_000), Case(32, 20_000), Ca
 QUICK_CASES = [Case(20, 6_000)]
 
 
-class Windowed(Service):
-    """mqtt2mongo-1 with MQTT 3.1.1, at a port."""
-
-    def __init__(self, port, notes="", **more):
-        super().__init__(1, notes="MQTT 3.1.1, which does not tell the broker's window" + notes, **more)
-        self.settings |= {"mqtt.protocol": "3.1.1", "mqtt.port": port}
-
-    def prepare(self, bench):
-        """It makes its session itself: in one that was made with MQTT 5, the receive maximum of then would stay."""
-        with bench.start(self) as run:
-            run.wait_log("subscribed to")
-            run.finish()
-
-
 def made(port):
-    """As it is, and without an interval."""
-    return [Windowed(port), Windowed(port, "; consumer.batch.interval 0s", name="mqtt2mongo-interval-0",
-                                     settings={"consumer.batch.interval": "0s"})]
+    """mqtt2mongo-1 at that port, as it is and without an interval."""
+    settings, notes = {"mqtt.protocol": "3.1.1", "mqtt.port": port}, "MQTT 3.1.1, which does not tell the broker's window"
+    return [Service(1, settings=settings, notes=notes),
+            Service(1, name="mqtt2mongo-interval-0", settings=settings | {"consumer.batch.interval": "0s"},
+                    notes=f"{notes}; consumer.batch.interval 0s")]
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -372,10 +373,13 @@ def numbered(numbers):
 
 
 def test_the_watcher_sees_all_before_it_ends(bench):
-    """Nobody told it how many: it is ended right after the last was inserted."""
+    """Nobody told it how many, and when it is told to end it has not looked at one of them yet."""
     with Watcher(bench, "payload.sequence", 3) as watcher:
+        watcher.sigstop()
         for first in range(0, 100, 10):
             bench.messages.insert_many(numbered(range(first, first + 10)))
+        watcher.signal(signal.SIGTERM)
+        watcher.sigcont()
         watcher.finish()
         assert sorted(watcher.seen()) == list(range(0, 100, 3))
 
@@ -425,7 +429,8 @@ def test_a_window_that_the_broker_does_not_keep_to_is_noticed(bench, mosquitto, 
     """The work asks for windows of 1 from brokers that have one of 1, and of 50."""
     bench.broker = mosquitto(extra=[f"max_inflight_messages {limit}"])
     contender, case = windows.made(bench.broker.port)[0], windows.Case(1, 300)
-    contender.prepare(bench)
+    for client, topic_filter in contender.sessions():
+        clients.create_session(bench.broker.port, client, topic_filter)
     clients.publish(bench.broker.port, [json.dumps(harness.payload(number)) for number in range(case.count)], harness.topic)
     if kept:
         assert windows.drain(bench, contender, case).extra["messages_per_insert"] > 0.9
