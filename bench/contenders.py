@@ -182,12 +182,12 @@ class Telegraf(Peer):
                                      "own shape, into a plain collection; flush_interval 1s, metric_batch_size 1000")
 
     @staticmethod
-    def _program():
+    def program():
         named = os.environ.get("MQTT2MONGO_BENCH_TELEGRAF")
         return named or (TELEGRAF if TELEGRAF.exists() else shutil.which("telegraf"))
 
     def missing(self):
-        program = self._program()
+        program = self.program()
         if program and shutil.which(program):
             return ""
         return (f"{program} is no program" if program else
@@ -203,7 +203,7 @@ class Telegraf(Peer):
         config.write_text(Template((PEERS / "telegraf.conf").read_text()).substitute(
             broker=f"tcp://127.0.0.1:{bench.broker.port}", client=self.name, filter=FILTER, window=WINDOW, uri=bench.mongod.uri,
             database=DATABASE, collection=COLLECTION))
-        return [self._program(), "--config", config]
+        return [self.program(), "--config", config]
 
     def check(self, bench, count):
         numbers = {"documents": {"$sum": 1}, "first": {"$min": "$_id"}, "last": {"$max": "$_id"}, "most": {"$max": "$times"}}

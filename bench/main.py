@@ -22,7 +22,7 @@ from importlib import metadata
 from pathlib import Path
 
 import report
-from contenders import NODE, install_node
+from contenders import ALL, NODE, install_node
 from harness import BUILD, ROOT, Bench, say
 from works.cost import cost
 from works.drain import drain
@@ -76,7 +76,8 @@ def versions(bench):
              "mongod": bench.client.server_info()["version"], "libmosquitto": library("libmosquitto"),
              "libmongoc": library("mongoc2") if "not found" not in str(library("mongoc2")) else library("libmongoc-1.0"),
              "libuv": library("libuv"), "python": platform.python_version(), "node": first_line("node", "--version"),
-             "mqtt (npm)": package("mqtt"), "mongodb (npm)": package("mongodb")}
+             "mqtt (npm)": package("mqtt"), "mongodb (npm)": package("mongodb"),
+             "telegraf": None if ALL["telegraf"].missing() else first_line(ALL["telegraf"].program(), "--version")}
     return {**found, **{name: metadata.version(name) for name in ("paho-mqtt", "pymongo", "hdrhistogram")}}
 
 

@@ -7,7 +7,8 @@ which mongod is woken with every commit; so that part has only the latency. What
 
 Flushes are serverStatus' wiredTiger.log "log sync operations", each of which is one fdatasync of the journal (mongod 6.0 under strace:
 100 and 100). "log flush operations" are writes of the log's buffer, some without one. mongod by itself, with nothing to store, uses CPU
-and flushes, too: the parameters idle_… say how much. At 10 messages a second that is most of a message's cost, for all contenders alike.
+and flushes, too: the parameters idle_… say how much. At 10 messages a second that is a good part of what a message costs, with each
+contender.
 
 A contender that does not keep up with a rate, being more than a second behind, is left out there.
 """
