@@ -299,6 +299,16 @@ def test_who_is_left_out_has_no_further_turn():
         False, True, True, False]
 
 
+def test_what_the_live_rate_says_need_not_be_tried(tmp_path):
+    """node-durable has none of its own: node's."""
+    bench, rows = harness.Bench(tmp_path), harness.Rows("rates", "Rates", "µs", "lower")
+    bench.found["live"] = work("live", [row("python", [600, 700, 800], "live"), row("node", [9_000], "live")])
+    rates.leave_out_slow(bench, rows, [contenders.ALL[name] for name in ("python", "node-durable", "telegraf")], rates.RATES)
+    assert [(out["contender"], out["case"], out["why"]) for out in rows.work["left_out"]] == [
+        ("python", "2,000 msg/s", "its live rate is 700"), ("python", "10,000 msg/s", "its live rate is 700"),
+        ("node-durable", "10,000 msg/s", "its live rate is 9,000")]
+
+
 class Forgotten(contenders.Contender):
     def forget(self, bench):
         pass
