@@ -42,7 +42,7 @@ class Rate(NamedTuple):
         return f"{self.per_second:,} msg/s"
 
 
-RATES = [Rate(10, 10, 12, 1, rounds=3), Rate(200, 4, 4, 1), Rate(2_000, 4, 4, 4), Rate(10_000, 3, 3, 8)]
+RATES = [Rate(10, 10, 12, 1, rounds=2), Rate(200, 4, 4, 1), Rate(2_000, 4, 4, 4), Rate(10_000, 3, 3, 8)]
 QUICK_RATES = [Rate(200, 2, 2, 1, rounds=1), Rate(2_000, 2, 2, 4, rounds=1)]
 
 
