@@ -73,10 +73,10 @@ def test_a_message_after_a_pause_is_stored_at_once(consumer, mosquitto, qos):
 
 
 @pytest.mark.parametrize("window", [1, 10, 20])
-def test_a_small_window_is_not_waited_for(consumer, mosquitto, window):
+def test_a_small_window_is_not_waited_for(consumer, shared_mosquitto, window):
     """MQTT 3.1.1, where nothing tells how many messages the broker sends before the first is acknowledged. With a second for each
-    window this would take 500, 50, 25 seconds."""
-    broker = mosquitto(base=f"max_inflight_messages {window}\nmax_queued_messages 1000\n")
+    window this would take 500, 50, 25 seconds. (The broker is a newer one, for 2.0.11 does not keep to its window.)"""
+    broker = shared_mosquitto(base=f"max_inflight_messages {window}\nmax_queued_messages 1000\n")
     running = consumer(broker, "1s", **{"mqtt.protocol": "3.1.1"})
     clients.publish(broker.port, 500)
     running.wait_stored(500, 8)
