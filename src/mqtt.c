@@ -353,10 +353,10 @@ static void set_cork(struct mqtt *mqtt, int on)
 
 /* Nothing will be written for a while that could carry TCP's acknowledgement, and the kernel would wait 40 ms for it. A
  * broker that has not switched Nagle's algorithm off (mosquitto, by default) sends no further small packet before. */
-static void acknowledge_segments(struct mqtt *mqtt)
+static void acknowledge_segments(const struct link *link)
 {
 	static const int on = 1;
-	setsockopt(mqtt->link->fd, IPPROTO_TCP, TCP_QUICKACK, &on, sizeof on);
+	setsockopt(link->fd, IPPROTO_TCP, TCP_QUICKACK, &on, sizeof on);
 }
 
 static void on_log(struct mosquitto *client, void *context, int level, const char *text);
@@ -723,7 +723,7 @@ static void read_burst(struct mqtt *mqtt)
 	if (more && mqtt->handler.drained != NULL)
 		mqtt->handler.drained(mqtt->owner);
 	mqtt->in_burst = false;
-	if (more && mqtt->held != 0 && reading(mqtt) != MQTT_READ_NOTHING)
+	if (more && mqtt->link != NULL && mqtt->held != 0 && reading(mqtt) != MQTT_READ_NOTHING)
 		wait_for_more(mqtt);
 }
 
@@ -740,7 +740,7 @@ static void rest_over(uv_timer_t *timer)
 /* What came is held, and a batch fills. */
 static void wait_for_more(struct mqtt *mqtt)
 {
-	acknowledge_segments(mqtt);
+	acknowledge_segments(mqtt->link);
 	if (reading(mqtt) != MQTT_READ_SELDOM)
 		return;
 	mqtt->resting = true;
