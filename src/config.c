@@ -150,7 +150,8 @@ const struct config_entry config_entries[] = {
     {.key = "consumer.batch.interval", .type = CONFIG_TYPE_DURATION, .initial = "20ms", .least = "0s", .most = "10s",
      AT(consumer.batch_interval_ms),
      .help = "while messages keep coming, a connection's next write waits until so long after the start of its last "
-             "one, so that more messages share it; up to an eighth of the keepalive. 0: each write is made at once"},
+             "one, so that more messages share it, or until waiting would save nothing; at QoS 1 up to an eighth of the "
+             "keepalive. 0: each write is made at once"},
     {.key = "consumer.qos0_topic", .type = CONFIG_TYPE_TEXT, AT(consumer.qos0_topic), .once = CONFIG_ONE_FILTER,
      .help = "a second topic filter, subscribed at QoS 0 on a connection of its own, for messages that may be lost; no "
              "topic may match both filters"},

@@ -720,12 +720,14 @@ bool delivery_accepts(const struct delivery *delivery)
 	return !delivery->refusing;
 }
 
-uint64_t delivery_interval_ms(const struct delivery *delivery, const struct delivery_sender *sender)
+struct pace_wait delivery_wait(const struct delivery *delivery, const struct delivery_sender *sender)
 {
 	uint64_t interval = (uint64_t)delivery->config->consumer.batch_interval_ms;
 	uint64_t linger = (uint64_t)delivery->config->spool.linger_ms;
 	bool spools = delivery->away && sender->spools && outbox_is_usable(delivery->outbox);
-	return spools && linger > interval ? linger : interval;
+	if (spools && linger > interval) /* to spare flash memory, which a burst wears as well */
+		return (struct pace_wait){.interval = linger, .patient = true};
+	return (struct pace_wait){.interval = interval};
 }
 
 void delivery_promise(const struct delivery *delivery, char *text, size_t size)

@@ -11,6 +11,7 @@
 #include "batch.h"
 #include "config.h"
 #include "metrics.h"
+#include "pace.h"
 
 #include <uv.h>
 
@@ -79,8 +80,8 @@ void delivery_give_up(struct delivery *delivery, struct delivery_sender *sender,
 /* MongoDB or the spool takes messages, as far as is known. */
 bool delivery_accepts(const struct delivery *delivery);
 
-/* From the start of one of the sender's writes to that of the next, while messages keep coming: ms. */
-uint64_t delivery_interval_ms(const struct delivery *delivery, const struct delivery_sender *sender);
+/* How long the sender's writes are to wait: spool.linger while they go to the spool, where it is more. */
+struct pace_wait delivery_wait(const struct delivery *delivery, const struct delivery_sender *sender);
 
 /* "w:majority, j:true, …": the promise in force. */
 void delivery_promise(const struct delivery *delivery, char *text, size_t size);

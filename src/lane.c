@@ -5,7 +5,6 @@
 #include "log.h"
 #include "memory.h"
 #include "mqtt.h"
-#include "pace.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -43,6 +42,7 @@ struct lane {
 	size_t pending; /* messages of the round that are not durable */
 	size_t pending_bytes;
 	size_t returned;     /* of the round: given up */
+	bool parted;         /* a batch of the round has left: the rest of it waits no more, or it might never end */
 	uint64_t generation; /* of the connection the round came by */
 	uint64_t hold_ms;
 	uv_timer_t hold;
@@ -126,28 +126,31 @@ static void close_batch(struct lane *lane)
 	lane->filling = NULL;
 	if (parcel == NULL)
 		return;
+	lane->parted = true;
 	pace_write(&lane->pace, uv_now(lane->loop));
 	delivery_submit(parcel);
 }
 
-/* Between the starts of two writes. Far below the hold limit, which runs meanwhile. */
-static uint64_t interval_ms(const struct lane *lane)
+/* Far below the hold limit, which runs meanwhile. */
+static struct pace_wait wait_of(const struct lane *lane)
 {
-	uint64_t wanted = delivery_interval_ms(lane->delivery, &lane->sender);
-	return wanted < lane->hold_ms / FILLING_SHARE ? wanted : lane->hold_ms / FILLING_SHARE;
+	struct pace_wait wait = delivery_wait(lane->delivery, &lane->sender);
+	if (wait.interval > lane->hold_ms / FILLING_SHARE)
+		wait.interval = lane->hold_ms / FILLING_SHARE;
+	return wait;
 }
 
 static void batch_due(uv_timer_t *timer)
 {
 	struct lane *lane = container_of(timer, struct lane, due);
-	pace_waited(&lane->pace, interval_ms(lane), uv_now(lane->loop));
+	pace_waited(&lane->pace, wait_of(lane), uv_now(lane->loop));
 	close_batch(lane);
 }
 
 static void arm_due(struct lane *lane)
 {
 	uint64_t now = uv_now(lane->loop);
-	uv_timer_start(&lane->due, batch_due, pace_due(&lane->pace, interval_ms(lane), now) - now, 0);
+	uv_timer_start(&lane->due, batch_due, pace_due(&lane->pace, wait_of(lane), now) - now, 0);
 }
 
 /* The timer runs from the first message on: whatever becomes of the reader, no batch stays behind. */
@@ -162,7 +165,6 @@ static void open_batch(struct lane *lane)
 static void hold_expired(uv_timer_t *timer)
 {
 	struct lane *lane = container_of(timer, struct lane, hold);
-	close_batch(lane); /* it shares the fate of the others */
 	if (round_is_on_line(lane))
 		mqtt_give_up(lane->mqtt,
 		             "given up unacknowledged: the messages could not be stored within the hold limit");
@@ -250,6 +252,7 @@ static void begin_round(struct lane *lane)
 {
 	lane->generation = mqtt_generation(lane->mqtt);
 	lane->returned = 0;
+	lane->parted = false;
 	uv_timer_start(&lane->hold, hold_expired, lane->hold_ms, 0);
 }
 
@@ -298,8 +301,8 @@ static void on_drained(void *owner)
 	struct lane *lane = owner;
 	if (lane->filling == NULL)
 		return;
-	if (!has_room(lane) ||
-	    pace_is_ready(&lane->pace, lane->filling->batch.count, interval_ms(lane), uv_now(lane->loop)))
+	if (!has_room(lane) || lane->parted ||
+	    pace_is_ready(&lane->pace, lane->filling->batch.count, wait_of(lane), uv_now(lane->loop)))
 		close_batch(lane);
 	else
 		arm_due(lane);
@@ -481,7 +484,6 @@ void lane_hurry(struct lane *lane)
 {
 	if (lane->closing)
 		mqtt_close(lane->mqtt, mqtt_closed);
-	close_batch(lane);
 	if (lane->pending > 0)
 		delivery_give_up(lane->delivery, &lane->sender, METRICS_SHUTDOWN);
 }

@@ -131,7 +131,7 @@ static void finish_close(struct mqtt *mqtt);
 static void tell_when_closed(struct mqtt *mqtt);
 static void close_gracefully(struct mqtt *mqtt);
 static void read_burst(struct mqtt *mqtt);
-static void wait_for_more(struct mqtt *mqtt);
+static void wait_for_more(struct mqtt *mqtt, bool some_came);
 static void update_poll(struct mqtt *mqtt);
 
 static enum log_level level(const struct mqtt *mqtt, enum log_level usual)
@@ -723,8 +723,8 @@ static void read_burst(struct mqtt *mqtt)
 	if (more && mqtt->handler.drained != NULL)
 		mqtt->handler.drained(mqtt->owner);
 	mqtt->in_burst = false;
-	if (more && mqtt->link != NULL && mqtt->held != 0 && reading(mqtt) != MQTT_READ_NOTHING)
-		wait_for_more(mqtt);
+	if (mqtt->link != NULL && !is_blocked(mqtt))
+		wait_for_more(mqtt, more);
 }
 
 static void rest_over(uv_timer_t *timer)
@@ -737,14 +737,22 @@ static void rest_over(uv_timer_t *timer)
 		update_poll(mqtt);
 }
 
-/* What came is held, and a batch fills. */
-static void wait_for_more(struct mqtt *mqtt)
+static void rest(struct mqtt *mqtt, uint64_t ms)
 {
-	acknowledge_segments(mqtt->link);
-	if (reading(mqtt) != MQTT_READ_SELDOM)
-		return;
 	mqtt->resting = true;
-	uv_timer_start(&mqtt->timer, rest_over, REST_MS, 0);
+	uv_timer_start(&mqtt->timer, rest_over, ms, 0);
+}
+
+/* It is to be read on. */
+static void wait_for_more(struct mqtt *mqtt, bool some_came)
+{
+	bool fills = some_came && mqtt->held != 0; /* then nothing is written */
+	if (fills)
+		acknowledge_segments(mqtt->link);
+	if (mqtt->state == UP && tls_pending(mqtt)) /* which no poll reports */
+		rest(mqtt, 0);
+	else if (fills && reading(mqtt) == MQTT_READ_SELDOM)
+		rest(mqtt, REST_MS);
 }
 
 static int wanted_events(struct mqtt *mqtt)
@@ -788,6 +796,8 @@ static void on_poll(uv_poll_t *poll, int status, int events)
 			send_disconnect(mqtt);
 		return;
 	}
+	if ((events & UV_DISCONNECT) && mqtt->resting && !is_blocked(mqtt)) /* what came before the end */
+		events |= UV_READABLE;
 	if ((events & UV_DISCONNECT) && !(events & UV_READABLE)) {
 		fail(mqtt, "connection lost: the broker hung up" SAME_ID);
 		return;

@@ -4,8 +4,7 @@
  * passed since its last one began. The first message after a pause finds that it has, and is stored at once. A batch
  * leaves earlier when waiting would save little, or when nothing can come:
  *
- *   - it, or it and what left before it and cannot be acknowledged without it, is PACE_LARGE, and the socket empty (in
- * a drain, reading on makes it larger still);
+ *   - it is PACE_LARGE, and the socket empty (in a drain, reading on makes it larger still);
  *   - the broker's window is used up: it sends nothing more before we acknowledge;
  *   - nothing has come for a while, long compared to the gaps between its messages: a burst is over, or they were a
  *     part of the window of a broker far away.
@@ -13,7 +12,9 @@
  * How large that window is no broker says (our receive maximum only limits it; mosquitto has
  * 20 under MQTT 3.1.1, RabbitMQ 10, EMQX 32). So it is learnt: the most messages that were ever unacknowledged on the
  * connection, if after them nothing came for a while. That may have been the rate, not the window: then it does no harm
- * while the rate stays, and when it rises, more than so many are read at once, or a wait of now and then shows it.
+ * while the rate stays, and when it rises, more than so many are read at once, or a wait of now and then shows it. A
+ * window may also shrink (mosquitto's max_inflight_bytes): then a few waits in a row end with fewer messages and
+ * silence.
  *
  * Pure: times are milliseconds of any clock that does not go backwards. Loop thread.
  */
@@ -28,6 +29,12 @@ enum {
 	PACE_LARGE = 256, /* messages: docs/performance.md shows the curve, which is flat from there on */
 };
 
+/* How long a write waits. */
+struct pace_wait {
+	uint64_t interval; /* ms since the start of the last one; 0: not at all */
+	bool patient;      /* also when nothing has come for a while */
+};
+
 /* Of one connection. Starts zeroed. */
 struct pace {
 	bool began;       /* there was a write, */
@@ -38,6 +45,8 @@ struct pace {
 	size_t reached;             /* the most there ever were */
 	bool is_window;             /* after those nothing came */
 	uint64_t trial_at;          /* from when on that is doubted once more */
+	unsigned shorts;            /* waits in a row that ended in silence with fewer, */
+	size_t lately;              /* and the most there were in one of those */
 };
 
 /* Another connection: its window may be another. */
@@ -49,18 +58,18 @@ void pace_message(struct pace *pace, int qos, uint64_t now);
 /* All that came before is acknowledged. */
 void pace_acknowledged(struct pace *pace);
 
-/* The time at which a batch that is filling leaves, unless a message comes before. `interval` in ms; 0: at once. */
-uint64_t pace_due(const struct pace *pace, uint64_t interval, uint64_t now);
+/* The time at which a batch that is filling leaves, unless a message comes before. */
+uint64_t pace_due(const struct pace *pace, struct pace_wait wait, uint64_t now);
 
 /* The socket is empty: does the batch of `count` messages leave now? */
-bool pace_is_ready(struct pace *pace, size_t count, uint64_t interval, uint64_t now);
+bool pace_is_ready(struct pace *pace, size_t count, struct pace_wait wait, uint64_t now);
 
 /* A message or more comes each millisecond, and no window is known that would be used up soon: nothing is lost when the
  * socket is read once in a while only. */
 bool pace_is_fast(const struct pace *pace);
 
 /* The time has come. */
-void pace_waited(struct pace *pace, uint64_t interval, uint64_t now);
+void pace_waited(struct pace *pace, struct pace_wait wait, uint64_t now);
 
 /* A batch leaves. */
 void pace_write(struct pace *pace, uint64_t now);

@@ -5,12 +5,14 @@
 #include "log.h"
 #include "memory.h"
 #include "mqtt.h"
-#include "pace.h"
 
 #include <stdlib.h>
 #include <string.h>
 
-enum { PARCELS_MOST = 2 }; /* under way; meanwhile the next one grows */
+enum {
+	PARCELS_MOST = 2,  /* under way; meanwhile the next one grows */
+	BATCHES_LEAST = 4, /* that consumer.qos0_buffer has room for */
+};
 
 struct qos0 {
 	const struct config *config;
@@ -40,11 +42,6 @@ static uint64_t now(const struct qos0 *qos0)
 	return uv_now(qos0->due.loop);
 }
 
-static uint64_t interval_ms(const struct qos0 *qos0)
-{
-	return delivery_interval_ms(qos0->delivery, &qos0->sender);
-}
-
 static void submit(struct qos0 *qos0)
 {
 	struct delivery_parcel *parcel = qos0->filling;
@@ -58,10 +55,17 @@ static void submit(struct qos0 *qos0)
 	delivery_submit(parcel);
 }
 
+/* Waiting it must not fill the buffer, or messages are dropped that MongoDB would take. */
+static bool is_ready(struct qos0 *qos0)
+{
+	struct pace_wait wait = delivery_wait(qos0->delivery, &qos0->sender);
+	return delivery_bytes(qos0->filling) * BATCHES_LEAST >= (size_t)qos0->config->consumer.qos0_buffer ||
+	       pace_is_ready(&qos0->pace, qos0->filling->batch.count, wait, now(qos0));
+}
+
 static void submit_if_ready(struct qos0 *qos0)
 {
-	if (qos0->filling != NULL && qos0->parcels < PARCELS_MOST &&
-	    pace_is_ready(&qos0->pace, qos0->filling->batch.count, interval_ms(qos0), now(qos0)))
+	if (qos0->filling != NULL && qos0->parcels < PARCELS_MOST && is_ready(qos0))
 		submit(qos0);
 }
 
@@ -73,7 +77,7 @@ static void batch_due(uv_timer_t *timer)
 
 static void open_batch(struct qos0 *qos0)
 {
-	uint64_t due = pace_due(&qos0->pace, interval_ms(qos0), now(qos0));
+	uint64_t due = pace_due(&qos0->pace, delivery_wait(qos0->delivery, &qos0->sender), now(qos0));
 	qos0->filling = delivery_take(qos0->delivery, &qos0->sender);
 	qos0->filling->batch.route = qos0->filter;
 	uv_timer_start(&qos0->due, batch_due, due - now(qos0), 0);

@@ -120,6 +120,30 @@ def test_a_lost_connection_stores_what_waits(consumer, mosquitto, collection):
     assert in_order(collection) == [0, 1]
 
 
+def test_a_batch_fills_for_an_eighth_of_the_keepalive_at_most(consumer, mosquitto):
+    broker = mosquitto()
+    running = consumer(broker, "10s", **{"mqtt.keepalive": "5s"})
+    second_waits(running, broker)
+    running.wait_stored(2, 2)
+    assert "hold limit" not in running.log
+
+
+def test_a_round_ends_although_messages_keep_coming(consumer, mosquitto):
+    """A batch is full within a burst, and the rest of the burst begins the next one: if that waited as well, with more coming all the
+    time, nothing would be acknowledged until the hold limit, 1.25 s here. (QoS 0: of that no window ends the waiting.)"""
+    broker = mosquitto()
+    running = consumer(broker, "10s", **{"mqtt.keepalive": "5s", "consumer.batch.count": 16, "mqtt.watch_broker": "false"})
+    with clients.connected(broker.port) as client:
+        for burst in (1, 5, *[4] * 25):
+            for number in range(burst):
+                client.publish("sensors/a", "1", qos=burst == 5 and number == 0)
+            client.loop(timeout=0.005)
+            time.sleep(1 if burst == 1 else 0.15)
+    running.wait_stored(106)
+    assert "hold limit" not in running.log
+    assert running.stop()["consumer"]["returned"] == 0
+
+
 def test_what_waits_at_the_hold_limit_is_handed_back_with_the_rest(service, mosquitto, fresh_mongod):
     """The first message meets a MongoDB that does not answer, the others come just before the hold limit and still wait."""
     broker, server = mosquitto(), fresh_mongod()
@@ -137,6 +161,15 @@ def test_what_waits_at_the_hold_limit_is_handed_back_with_the_rest(service, mosq
     with server.client() as client:
         assert {document["payload"]["n"] for document in client.mqtt2mongo.messages.find()} == set(range(60))
     running.stop()
+
+
+def test_what_waits_does_not_fill_the_buffer_for_qos_0(consumer, mosquitto):
+    """64 KiB are there for what MongoDB does not take, not for what has to wait for a second."""
+    broker = mosquitto()
+    running = consumer(broker, "1s", **{"consumer.qos": 0, "consumer.qos0_buffer": "64KiB"})
+    clients.publish(broker.port, [b'{"n": %d, "x": "%s"}' % (n, b"x" * 1000) for n in range(600)], pace=300, qos=0)
+    wait_until(lambda: running.sums()["consumer"]["received"] == 600, 5, "they are there")
+    assert running.stop()["consumer"]["dropped"] == 0
 
 
 def published(number, identifier):
@@ -157,6 +190,68 @@ def test_nothing_stays_behind_when_the_broker_says_no_more(consumer, mosquitto, 
         running.wait_stored(2, NOBODY_WAITS)
         assert in_order(collection) == [0, 1]
         running.stop()
+
+
+def window_broker(first, window, total):
+    """Sends `first` messages at once, and when they are acknowledged never more than `window` before it hears of one of them."""
+    def behave(connection, _ending):
+        sent, acknowledged, subscribed, came = 0, 0, False, b""
+        while data := connection.recv(65536):
+            came += data
+            while len(came) >= 2 and len(came) >= 2 + came[1]:
+                packet, came = came[:2 + came[1]], came[2 + came[1]:]
+                if packet[0] >> 4 == 1:
+                    connection.sendall(CONNACK)
+                elif packet[0] >> 4 == 8:
+                    connection.sendall(b"\x90\x04" + packet[2:4] + b"\x00\x01")
+                    subscribed = True
+                acknowledged += packet[0] >> 4 == 4
+            allowed = first if acknowledged < first else window
+            while subscribed and sent < total and sent - acknowledged < allowed:
+                connection.sendall(published(sent, sent + 1))
+                sent += 1
+
+    return behave
+
+
+@pytest.mark.parametrize("window", [1, 2, 3, 10])
+def test_a_window_that_shrinks(consumer, window):
+    """As mosquitto's max_inflight_bytes does when messages get larger. With 20 ms for each window of one this would take 10 seconds."""
+    with peers.Peer(window_broker(50, window, 50 + 500)) as peer:
+        running = consumer(peer, "20ms", **{"mqtt.watch_broker": "false"})
+        running.wait_stored(550, 4)
+        running.stop()
+
+
+def test_a_fast_connection_is_read_seldom(consumer, mosquitto):
+    """Thousands of messages a second, one by one: the loop turns a few times for those of 2 ms, not for each."""
+    broker = mosquitto()
+    running = consumer(broker, "20ms", **{"mqtt.watch_broker": "false"})
+    before = running.sums()["loop"]["iterations"]
+    begun = time.monotonic()
+    clients.publish(broker.port, 4000, window=1)
+    running.wait_stored(4000)
+    print(f"{4000 / (time.monotonic() - begun):.0f} messages a second", end=", ")
+    turns = running.sums()["loop"]["iterations"] - before
+    print(f"{turns} turns")
+    assert turns < 1500
+
+
+def test_a_connection_lost_while_it_is_left_alone(consumer, mosquitto, collection):
+    """The next one is read as well, and what came before the end is not forgotten."""
+    broker = mosquitto()
+    running = consumer(broker, "500ms", **{"mqtt.reconnect.min": "100ms"})
+    for number in range(4):
+        payloads = [f'{{"n": {n}}}' for n in range(1000 * number, 1000 * number + 1000)]
+        join = clients.publisher_thread(broker.port, payloads, pace=3000)
+        wait_until(lambda: running.sums()["consumer"]["received"] > 1000 * number + 100, 10, "they come")
+        broker.restart()
+        acknowledged = len(join())
+        wait_until(lambda: running.sums()["consumer"]["in_flight"] == 0 and running.log.count("subscribed to") == number + 2, 10,
+                   "it is connected again")
+        clients.publish(broker.port, payloads[acknowledged:])
+    running.wait_stored(4000)
+    assert set(in_order(collection)) == set(range(4000))
 
 
 def test_messages_are_received_when_they_come(consumer, mosquitto, collection):

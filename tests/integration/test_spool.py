@@ -157,6 +157,24 @@ def test_linger_lets_messages_share_a_commit(service, mosquitto, fresh_mongod):
     assert len(numbers(server)) == 202
 
 
+def test_linger_is_for_bursts_as_well(service, mosquitto, fresh_mongod):
+    """Sensors that report together, each second: with spool.linger bursts share a write to flash memory, too."""
+    broker, server = mosquitto(), fresh_mongod()
+    running = service(broker=broker, mongod=server, settings=QUICK | {"mqtt.keepalive": "60s", "spool.linger": "10s"})
+    running.wait_log("subscribed to sensors/#")
+    server.kill9()
+    clients.publish(broker.port, payloads(1))
+    wait_spooled(running, 1)
+    for burst in range(6):
+        clients.publish(broker.port, payloads(10, 1 + 10 * burst))
+        time.sleep(0.3)
+        assert running.sums()["consumer"]["spooled"] == 1
+    server.restart()
+    running.wait_log("empty: MongoDB has every message of it", timeout=30)
+    running.wait_stored(61)
+    running.stop()
+
+
 def test_two_services_need_two_spools(service, mosquitto, mongod, database, tmp_path):
     broker = mosquitto()
     settings = {"spool.path": tmp_path / "spool.db"}

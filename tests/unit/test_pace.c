@@ -36,9 +36,16 @@ struct model {
 	uint64_t began_at;
 };
 
+static const struct pace_wait WAIT = {.interval = INTERVAL};
+
 static uint64_t now(const struct model *model)
 {
 	return model->tick / TICKS;
+}
+
+static struct pace_wait wait_of(const struct model *model)
+{
+	return (struct pace_wait){.interval = model->interval};
 }
 
 static void begin_write(struct model *model)
@@ -86,8 +93,8 @@ static void read_socket(struct model *model)
 		model->began_at = model->tick;
 	for (; model->socket > 0; model->socket--, model->filling++)
 		pace_message(&model->pace, 1, now(model));
-	model->due = pace_due(&model->pace, model->interval, now(model));
-	if (pace_is_ready(&model->pace, model->filling, model->interval, now(model)))
+	model->due = pace_due(&model->pace, wait_of(model), now(model));
+	if (pace_is_ready(&model->pace, model->filling, wait_of(model), now(model)))
 		begin_write(model);
 }
 
@@ -102,7 +109,7 @@ static void step(struct model *model)
 	if (model->stored_at == 0)
 		read_socket(model);
 	if (model->filling > 0 && model->stored_at == 0 && now(model) >= model->due) {
-		pace_waited(&model->pace, model->interval, now(model));
+		pace_waited(&model->pace, wait_of(model), now(model));
 		begin_write(model);
 	}
 	model->tick++;
@@ -153,13 +160,13 @@ static void test_a_large_batch_leaves_when_the_socket_is_empty(void **state)
 	struct pace pace = {0};
 	pace_connected(&pace);
 	pace_write(&pace, 100);
-	assert_false(pace_is_ready(&pace, PACE_LARGE - 1, INTERVAL, 101));
-	assert_true(pace_is_ready(&pace, PACE_LARGE, INTERVAL, 101));
-	assert_true(pace_is_ready(&pace, 1, INTERVAL, 120));
-	assert_int_equal(pace_due(&pace, INTERVAL, 101), 120);
-	assert_int_equal(pace_due(&pace, INTERVAL, 130), 130);
-	assert_int_equal(pace_due(&pace, 0, 101), 101);
-	assert_true(pace_is_ready(&pace, 1, 0, 100));
+	assert_false(pace_is_ready(&pace, PACE_LARGE - 1, WAIT, 101));
+	assert_true(pace_is_ready(&pace, PACE_LARGE, WAIT, 101));
+	assert_true(pace_is_ready(&pace, 1, WAIT, 120));
+	assert_int_equal(pace_due(&pace, WAIT, 101), 120);
+	assert_int_equal(pace_due(&pace, WAIT, 130), 130);
+	assert_int_equal(pace_due(&pace, (struct pace_wait){0}, 101), 101);
+	assert_true(pace_is_ready(&pace, 1, (struct pace_wait){0}, 100));
 }
 
 /* As fast as the broker sends, with windows that no CONNACK tells. */
@@ -213,14 +220,14 @@ static void test_a_burst_that_is_over_is_not_waited_for(void **state)
 	pace_write(&pace, 100);
 	for (unsigned i = 0; i < 50; i++)
 		pace_message(&pace, 1, 103);
-	assert_false(pace_is_ready(&pace, 50, INTERVAL, 103));
-	assert_in_range(pace_due(&pace, INTERVAL, 103), 104, 108);
+	assert_false(pace_is_ready(&pace, 50, WAIT, 103));
+	assert_in_range(pace_due(&pace, WAIT, 103), 104, 108);
 	pace_message(&pace, 1, 104);
-	assert_in_range(pace_due(&pace, INTERVAL, 104), 105, 109);
+	assert_in_range(pace_due(&pace, WAIT, 104), 105, 109);
 	pace_acknowledged(&pace);
 	for (unsigned i = 0; i < 3; i++) /* too few to tell */
 		pace_message(&pace, 1, 105);
-	assert_int_equal(pace_due(&pace, INTERVAL, 105), 120);
+	assert_int_equal(pace_due(&pace, WAIT, 105), 120);
 }
 
 /* A quiet connection looks like a small window. When more comes that is seen to be wrong. */
@@ -246,9 +253,9 @@ static void test_a_window_that_was_learnt_is_doubted_now_and_then(void **state)
 	for (unsigned round = 0; round < 10000; round++, time += 5) {
 		for (unsigned i = 0; i < 10; i++)
 			pace_message(&pace, 1, time);
-		if (!pace_is_ready(&pace, 10, INTERVAL, time)) {
-			time = pace_due(&pace, INTERVAL, time);
-			pace_waited(&pace, INTERVAL, time);
+		if (!pace_is_ready(&pace, 10, WAIT, time)) {
+			time = pace_due(&pace, WAIT, time);
+			pace_waited(&pace, WAIT, time);
 			waits++;
 		}
 		pace_write(&pace, time);
@@ -257,7 +264,7 @@ static void test_a_window_that_was_learnt_is_doubted_now_and_then(void **state)
 	assert_in_range(waits, 40, 60); /* of 50 seconds */
 	for (unsigned i = 0; i < 11; i++)
 		pace_message(&pace, 1, time);
-	assert_false(pace_is_ready(&pace, 11, INTERVAL, time));
+	assert_false(pace_is_ready(&pace, 11, WAIT, time));
 }
 
 static void test_when_the_socket_is_read_seldom(void **state)
@@ -274,26 +281,117 @@ static void test_when_the_socket_is_read_seldom(void **state)
 	assert_true(pace_is_fast(&pace));
 	pace_message(&pace, 1, 107);
 	assert_false(pace_is_fast(&pace));
-	pace_waited(&pace, INTERVAL, 200); /* six may be the window */
+	pace_waited(&pace, WAIT, 200); /* six may be the window */
 	for (unsigned i = 0; i < 6; i++)
 		pace_message(&pace, 1, 107);
 	assert_true(pace_is_fast(&pace)); /* they are not */
-	pace_waited(&pace, INTERVAL, 200);
+	pace_waited(&pace, WAIT, 200);
 	assert_false(pace_is_fast(&pace)); /* but twelve may be: each is to be seen at once */
 }
 
 static void test_another_connection_has_another_window(void **state)
 {
-	struct model model = model_of(INTERVAL, 10);
-	run(&model, 1e6, 1);
-	assert_true(model.pace.is_window && model.pace.reached == 10);
-	uint64_t last = model.pace.last_at;
-	pace_connected(&model.pace);
+	struct pace pace = {0};
+	pace_connected(&pace);
+	pace_write(&pace, 100);
 	for (unsigned i = 0; i < 10; i++)
-		pace_message(&model.pace, 1, last + 1);
-	assert_false(pace_is_ready(&model.pace, 10, INTERVAL, last + 1));
-	assert_in_range(pace_due(&model.pace, INTERVAL, last + 1), last + 2,
-	                last + INTERVAL); /* but the pace is kept */
+		pace_message(&pace, 1, 101);
+	pace_waited(&pace, WAIT, 120);
+	assert_true(pace_is_ready(&pace, 10, WAIT, 119));
+	pace_connected(&pace);
+	for (unsigned i = 0; i < 10; i++)
+		pace_message(&pace, 1, 101);
+	assert_false(pace_is_ready(&pace, 10, WAIT, 101));
+	assert_true(pace_is_ready(&pace, 10, WAIT, 120)); /* but the pace is kept */
+}
+
+/* A round of `count` messages that come at once; true when it has to wait, which it does. */
+static bool waits(struct pace *pace, unsigned count, struct pace_wait wait, uint64_t *time)
+{
+	for (unsigned i = 0; i < count; i++)
+		pace_message(pace, 1, *time);
+	bool waited = !pace_is_ready(pace, count, wait, *time);
+	if (waited) {
+		*time = pace_due(pace, wait, *time);
+		pace_waited(pace, wait, *time);
+	}
+	pace_write(pace, *time);
+	pace_acknowledged(pace);
+	*time += 3;
+	return waited;
+}
+
+static void test_a_window_may_shrink(void **state)
+{
+	for (unsigned window = 1; window < 20; window++) {
+		struct pace pace = {0};
+		uint64_t time = 1000;
+		unsigned long_waits = 0;
+		pace_connected(&pace);
+		pace_write(&pace, time);
+		assert_true(waits(&pace, 100, WAIT, &time));
+		for (unsigned round = 0; round < 100; round++)
+			long_waits += waits(&pace, window, WAIT, &time);
+		assert_in_range(long_waits, 1, 9);
+		assert_int_equal(pace.reached, window);
+		waits(&pace, window + 1, WAIT, &time); /* and it may grow */
+		assert_int_equal(pace.reached, window + 1);
+	}
+}
+
+/* At rates below the window the silence is the rate's, and what was learnt stays the largest of what was seen lately.
+ */
+static void test_few_short_waits_are_no_smaller_window(void **state)
+{
+	struct pace pace = {0};
+	uint64_t time = 1000;
+	pace_connected(&pace);
+	pace_write(&pace, time);
+	for (unsigned round = 0; round < 100; round++) {
+		waits(&pace, 20, WAIT, &time);
+		for (unsigned i = 0; i < 5; i++)
+			waits(&pace, 2, WAIT, &time);
+		assert_int_equal(pace.reached, 20);
+	}
+}
+
+static void test_what_is_waited_for_to_the_end(void **state)
+{
+	static const struct pace_wait patient = {.interval = 1000, .patient = true}, other = {.interval = 1000};
+	struct pace pace = {0};
+	pace_connected(&pace);
+	pace_write(&pace, 100);
+	for (unsigned i = 0; i < 50; i++)
+		pace_message(&pace, 1, 103);
+	assert_int_equal(pace_due(&pace, patient, 103), 1100);
+	assert_in_range(pace_due(&pace, other, 103), 104, 108);
+}
+
+static void test_how_long_silence_has_to_be(void **state)
+{
+	struct pace pace = {0};
+	pace_connected(&pace);
+	pace_write(&pace, 100);
+	for (uint64_t time = 100; time <= 140; time += 10) /* a gap of 10 ms, or of 8 by their number */
+		pace_message(&pace, 1, time);
+	uint64_t due = pace_due(&pace, (struct pace_wait){.interval = 1000}, 140);
+	assert_in_range(due, 140 + 4 * 8, 140 + 4 * 10 + 3);
+}
+
+/* The doubts take a fiftieth of the time at most, also of long intervals. */
+static void test_doubts_are_rare(void **state)
+{
+	static const struct pace_wait wait = {.interval = 1000};
+	struct pace pace = {0};
+	uint64_t time = 1000, waited = 0;
+	pace_connected(&pace);
+	pace_write(&pace, time);
+	while (time < 1000000) {
+		uint64_t before = time;
+		if (waits(&pace, 2, wait, &time))
+			waited += time - before - 3;
+	}
+	assert_in_range(waited, 1, 1000000 / 40);
 }
 
 static void test_messages_of_qos_0_are_in_no_window(void **state)
@@ -303,8 +401,8 @@ static void test_messages_of_qos_0_are_in_no_window(void **state)
 	pace_write(&pace, 100);
 	for (unsigned i = 0; i < 100; i++)
 		pace_message(&pace, 0, 101);
-	assert_false(pace_is_ready(&pace, 100, INTERVAL, 101));
-	pace_waited(&pace, INTERVAL, 120);
+	assert_false(pace_is_ready(&pace, 100, WAIT, 101));
+	pace_waited(&pace, WAIT, 120);
 	assert_false(pace.is_window);
 }
 
@@ -321,7 +419,11 @@ int main(void)
 	    cmocka_unit_test(test_a_rate_that_rises_is_not_taken_for_a_window),
 	    cmocka_unit_test(test_a_window_that_was_learnt_is_doubted_now_and_then),
 	    cmocka_unit_test(test_when_the_socket_is_read_seldom),
-	    cmocka_unit_test(test_when_the_socket_is_read_seldom),
+	    cmocka_unit_test(test_a_window_may_shrink),
+	    cmocka_unit_test(test_few_short_waits_are_no_smaller_window),
+	    cmocka_unit_test(test_what_is_waited_for_to_the_end),
+	    cmocka_unit_test(test_how_long_silence_has_to_be),
+	    cmocka_unit_test(test_doubts_are_rare),
 	    cmocka_unit_test(test_another_connection_has_another_window),
 	    cmocka_unit_test(test_messages_of_qos_0_are_in_no_window),
 	};
