@@ -7,6 +7,7 @@ is checked: complete, and equal for all. Exit status 1 if a work, or a contender
 """
 
 import argparse
+import json
 import os
 import platform
 import re
@@ -103,6 +104,17 @@ def run_works(bench, names):
     return [bench.found[name] for name in names]
 
 
+def keep_others(results, directory):
+    """Add the works of the last report in `directory` that are not in this one, with when and of what they were measured."""
+    path = directory / "results.json"
+    last = json.loads(path.read_text()) if path.exists() else {"works": []}
+    for work in last["works"]:
+        if work["name"] not in {one["name"] for one in results["works"]}:
+            work.setdefault("measured", {"begun": last["begun"], "of": last["versions"].get("mqtt2mongo"), "rounds": last["rounds"]})
+            results["works"].append(work)
+    results["works"].sort(key=lambda work: list(WORKS).index(work["name"]))
+
+
 def options():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few contenders, small counts: minutes instead of half an hour")
@@ -134,6 +146,7 @@ def main():
                        "rounds": chosen.rounds, "machine": machine(), "versions": versions(bench), "works": works}
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+    keep_others(results, chosen.output)
     say(f"written: {report.write(results, chosen.output)}")
     return 1 if any(work["errors"] for work in works) else 0
 

@@ -87,6 +87,9 @@ def target_table(results):
 
 def section(work, drawn):
     parts = [f"## {work['title']}", ""]
+    if work.get("measured"):
+        parts += ["Not measured again: from {begun} UTC, of {of}, in {rounds} rounds.".format(
+            **work["measured"] | {"begun": work["measured"]["begun"].replace("T", " ").replace("+00:00", "")}), ""]
     if work.get("parameters"):
         parts += ["; ".join(f"{name.replace('_', ' ')}: {said(value)}" for name, value in work["parameters"].items()), ""]
     parts += failures(work)
