@@ -29,11 +29,11 @@ static void must(enum spool_result result, const char *error)
 static void fill(struct batch *batch, size_t count, const char *payload, size_t length)
 {
 	static const struct id_rule object_ids;
-	struct mqtt_message message = {.topic = "sensors/device-001/readings",
-	                               .topic_length = 27,
-	                               .payload = payload,
-	                               .payload_length = length,
-	                               .qos = 1};
+	struct message message = {.topic = "sensors/device-001/readings",
+	                          .topic_length = 27,
+	                          .payload = payload,
+	                          .payload_length = length,
+	                          .qos = 1};
 	batch_reset(batch);
 	for (size_t i = 0; i < count; i++)
 		batch_add(batch, &message, &object_ids, (size_t)1024 * 1024, 1700000000000);

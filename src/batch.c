@@ -54,14 +54,14 @@ static size_t keep_digest(struct buffer *arena, const void *bytes, size_t length
 	return offset;
 }
 
-static void keep_properties(struct batch *batch, struct batch_message *message, const struct mqtt_message *received,
+static void keep_properties(struct batch *batch, struct batch_message *message, const struct message *received,
                             const struct id_rule *rule)
 {
 	message->properties = batch->arena.length;
 	for (size_t i = 0; i < rule->count; i++) {
 		if (rule->parts[i].kind != ID_PROPERTY)
 			continue;
-		char *value = mqtt_user_property(received, rule->parts[i].name);
+		char *value = received->user_property(received, rule->parts[i].name);
 		if (value != NULL)
 			id_keep_property(&batch->arena, rule->parts[i].name, value);
 		free(value);
@@ -69,7 +69,7 @@ static void keep_properties(struct batch *batch, struct batch_message *message, 
 	message->properties_length = (uint32_t)(batch->arena.length - message->properties);
 }
 
-void batch_add(struct batch *batch, const struct mqtt_message *received, const struct id_rule *rule, size_t max_payload,
+void batch_add(struct batch *batch, const struct message *received, const struct id_rule *rule, size_t max_payload,
                int64_t received_at)
 {
 	struct batch_message *message = append_message(batch);
@@ -82,7 +82,7 @@ void batch_add(struct batch *batch, const struct mqtt_message *received, const s
 	}
 	message->topic = keep_bytes(&batch->arena, received->topic, received->topic_length);
 	message->payload = keep_bytes(&batch->arena, received->payload, kept);
-	if (rule->property_count > 0)
+	if (rule->property_count > 0 && received->user_property != NULL)
 		keep_properties(batch, message, received, rule);
 	message->topic_length = (uint32_t)received->topic_length;
 	message->payload_length = (uint32_t)kept;

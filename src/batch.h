@@ -10,7 +10,7 @@
 
 #include "buffer.h"
 #include "id.h"
-#include "mqtt.h"
+#include "message.h"
 
 #include <bson/bson.h>
 #include <stdbool.h>
@@ -85,7 +85,7 @@ struct batch_record {
  * with the length and the SHA-256 of the whole. Of its user properties those are kept that `rule` names.
  * `received_at`: ms since 1970. Loop thread.
  */
-void batch_add(struct batch *batch, const struct mqtt_message *received, const struct id_rule *rule, size_t max_payload,
+void batch_add(struct batch *batch, const struct message *received, const struct id_rule *rule, size_t max_payload,
                int64_t received_at);
 
 /* The SHA-256 of a payload. Aborts when OpenSSL has no memory for it. */

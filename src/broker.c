@@ -126,7 +126,7 @@ bool broker_loses_shares(const void *version, size_t length)
 	return major < 2 || (major == 2 && minor == 0 && patch < SHARES_MENDED);
 }
 
-static void note_version(struct broker *broker, const struct mqtt_message *message)
+static void note_version(struct broker *broker, const struct message *message)
 {
 	if (broker_loses_shares(message->payload, message->payload_length))
 		log_repeat(
@@ -170,7 +170,7 @@ static void say_dropped(const struct broker *broker, uint64_t dropped, bool reta
 }
 
 /* Whatever else is there than a number is not what we asked for. */
-static void note_dropped(struct broker *broker, const struct mqtt_message *message)
+static void note_dropped(struct broker *broker, const struct message *message)
 {
 	uint64_t dropped;
 	if (!broker_number(message->payload, message->payload_length, &dropped))
@@ -181,7 +181,7 @@ static void note_dropped(struct broker *broker, const struct mqtt_message *messa
 	broker->known = broker->ever = true;
 }
 
-static void on_message(void *owner, const struct mqtt_message *message)
+static void on_message(void *owner, const struct message *message)
 {
 	struct broker *broker = owner;
 	broker->held++;

@@ -180,7 +180,7 @@ static void on_subscribed(void *owner, int reason)
 	}
 }
 
-static void on_message(void *owner, const struct mqtt_message *message)
+static void on_message(void *owner, const struct message *message)
 {
 	struct inspection *inspection = owner;
 	const struct config_consumer *config = &inspection->config->consumer;
@@ -228,7 +228,7 @@ static void on_drained(void *owner)
 		end(inspection, 0);
 }
 
-static void note_retained(struct inspection *inspection, const struct mqtt_message *message)
+static void note_retained(struct inspection *inspection, const struct message *message)
 {
 	uint64_t retained;
 	if (broker_number(message->payload, message->payload_length, &retained))
@@ -236,7 +236,7 @@ static void note_retained(struct inspection *inspection, const struct mqtt_messa
 }
 
 /* What is published meanwhile is the service's; only what the broker says of itself is for us. */
-static void look_at_message(void *owner, const struct mqtt_message *message)
+static void look_at_message(void *owner, const struct message *message)
 {
 	struct inspection *inspection = owner;
 	inspection->held++;

@@ -256,7 +256,7 @@ static void begin_round(struct lane *lane)
 	uv_timer_start(&lane->hold, hold_expired, lane->hold_ms, 0);
 }
 
-static void on_message(void *owner, const struct mqtt_message *message)
+static void on_message(void *owner, const struct message *message)
 {
 	struct lane *lane = owner;
 	const struct config_consumer *config = &lane->config->consumer;

@@ -560,7 +560,7 @@ static void on_disconnect(struct mosquitto *client, void *context, int reason, c
 		note_refusal(mqtt, "disconnected by the broker", reason);
 }
 
-char *mqtt_user_property(const struct mqtt_message *message, const char *name)
+char *mqtt_user_property(const struct message *message, const char *name)
 {
 	const mosquitto_property *property = message->properties;
 	bool again = false;
@@ -621,7 +621,7 @@ static void on_message(struct mosquitto *client, void *context, const struct mos
 	mqtt->phantom = false;
 	if (mqtt->closing)
 		return; /* held, so that the end sends nothing */
-	struct mqtt_message message = {
+	struct message message = {
 	    .topic = received->topic,
 	    .topic_length = strlen(received->topic),
 	    .payload = received->payload,
@@ -629,6 +629,7 @@ static void on_message(struct mosquitto *client, void *context, const struct mos
 	    .qos = received->qos,
 	    .retain = received->retain,
 	    .dup = duplicate,
+	    .user_property = mqtt_user_property,
 	    .properties = properties,
 	};
 	mqtt->handler.message(mqtt->owner, &message);

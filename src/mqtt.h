@@ -15,6 +15,7 @@
 #define MQTT2MONGO_MQTT_H
 
 #include "config.h"
+#include "message.h"
 
 #include <stdbool.h>
 #include <stddef.h>
@@ -23,20 +24,8 @@
 
 struct mqtt;
 
-/* A received message. Borrowed: valid only during the call. */
-struct mqtt_message {
-	const char *topic;
-	size_t topic_length;
-	const void *payload;
-	size_t payload_length;
-	int qos; /* as delivered: 0 or 1 */
-	bool retain;
-	bool dup;               /* the broker had sent it before (MQTT 5 §3.3.1.1) */
-	const void *properties; /* the library's; see mqtt_user_property() */
-};
-
-/* The value of the first user property of that name (MQTT 5 §3.3.2.3.7), allocated, or NULL when there is none. */
-char *mqtt_user_property(const struct mqtt_message *message, const char *name);
+/* What message->user_property is for a message that libmosquitto brought: `properties` are the library's. */
+char *mqtt_user_property(const struct message *message, const char *name);
 
 /* What CONNACK granted. */
 struct mqtt_granted {
@@ -63,7 +52,7 @@ struct mqtt_handler {
 	 * Nothing reconnects by itself: call mqtt_connect(). */
 	void (*down)(void *owner);
 	/* A message; it is held until mqtt_durable(). */
-	void (*message)(void *owner, const struct mqtt_message *message);
+	void (*message)(void *owner, const struct message *message);
 	/* False: read no further. Asked before each read. */
 	bool (*room)(void *owner);
 	/* After a burst in which messages came: the socket is empty or there is no more room. */

@@ -130,14 +130,14 @@ static void on_subscribed(void *owner, int reason)
 	qos0->subscribed(qos0->owner);
 }
 
-static bool is_overloaded(const struct qos0 *qos0, const struct mqtt_message *message)
+static bool is_overloaded(const struct qos0 *qos0, const struct message *message)
 {
 	size_t filling = qos0->filling != NULL ? delivery_bytes(qos0->filling) : 0;
 	return qos0->bytes + filling + message->topic_length + message->payload_length >
 	       (size_t)qos0->config->consumer.qos0_buffer;
 }
 
-static void on_message(void *owner, const struct mqtt_message *message)
+static void on_message(void *owner, const struct message *message)
 {
 	struct qos0 *qos0 = owner;
 	qos0->held++;

@@ -10,6 +10,7 @@
 #include <cmocka.h>
 
 #include "batch.h"
+#include "mqtt.h"
 
 #include <mosquitto.h>
 #include <mqtt_protocol.h>
@@ -20,9 +21,9 @@ enum { MAX_PAYLOAD = 1000, NOW = 1700000000 };
 static const struct id_rule object_ids;
 #define MIB ((size_t)1024 * 1024)
 
-static struct mqtt_message message_of(const char *topic, const void *payload, size_t length)
+static struct message message_of(const char *topic, const void *payload, size_t length)
 {
-	return (struct mqtt_message){
+	return (struct message){
 	    .topic = topic,
 	    .topic_length = strlen(topic),
 	    .payload = payload,
@@ -33,7 +34,7 @@ static struct mqtt_message message_of(const char *topic, const void *payload, si
 
 static void add(struct batch *batch, const char *topic, const void *payload, size_t length, size_t max_payload)
 {
-	struct mqtt_message message = message_of(topic, payload, length);
+	struct message message = message_of(topic, payload, length);
 	batch_add(batch, &message, &object_ids, max_payload, NOW);
 }
 
@@ -59,7 +60,7 @@ static void a_message_is_copied(void **state)
 {
 	struct batch batch = {0};
 	char topic[] = "sensors/a", payload[] = "{\"n\": 1}";
-	struct mqtt_message message = message_of(topic, payload, strlen(payload));
+	struct message message = message_of(topic, payload, strlen(payload));
 	message.retain = message.dup = true;
 	batch_add(&batch, &message, &object_ids, MAX_PAYLOAD, INT64_C(1795378704123));
 	memset(topic, '?', sizeof topic);
@@ -82,7 +83,7 @@ static void flags_are_each_messages_own(void **state)
 {
 	struct batch batch = {0};
 	for (int flags = 0; flags < 8; flags++) {
-		struct mqtt_message message = message_of("t", "1", 1);
+		struct message message = message_of("t", "1", 1);
 		message.qos = flags & 1;
 		message.retain = flags & 2;
 		message.dup = flags & 4;
@@ -255,7 +256,8 @@ static void named_properties_are_kept(void **state)
 	assert_int_equal(mosquitto_property_add_string_pair(&list, MQTT_PROP_USER_PROPERTY, "none", too_long), 0);
 	struct id_rule rule = rule_of(parts, 4);
 	struct batch batch = {0};
-	struct mqtt_message message = message_of("t", "1", 1);
+	struct message message = message_of("t", "1", 1);
+	message.user_property = mqtt_user_property;
 	message.properties = list;
 	batch_add(&batch, &message, &rule, MAX_PAYLOAD, NOW);
 	batch_add(&batch, &message, &object_ids, MAX_PAYLOAD, NOW);
@@ -313,7 +315,7 @@ static void reset_forgets(void **state)
 {
 	struct batch batch = {0};
 	for (int i = 0; i < 100; i++) {
-		struct mqtt_message message = message_of("first", "11111", 5);
+		struct message message = message_of("first", "11111", 5);
 		message.retain = message.dup = true;
 		batch_add(&batch, &message, &object_ids, 2, NOW);
 		batch.messages[i].outcome = BATCH_DEAD_LETTERED;

@@ -474,7 +474,7 @@ static void a_truncated_payload_of_a_batch(void **state)
 	char *payload = malloc(length);
 	assert_non_null(payload);
 	memset(payload, 'a', length);
-	struct mqtt_message message = {
+	struct message message = {
 	    .topic = "sensors/a", .topic_length = 9, .payload = payload, .payload_length = length, .qos = 1};
 	batch_add(&batch, &message, &object_ids, 2 * MIB, received_at);
 	struct document_fault fault = refused(&batch);
@@ -500,7 +500,7 @@ static void a_truncated_payload_of_a_batch(void **state)
 static void a_refused_payload_that_is_kept_whole(void **state)
 {
 	struct batch batch = {0};
-	struct mqtt_message message = {
+	struct message message = {
 	    .topic = "sensors/a", .topic_length = 9, .payload = "\"0123456789\"", .payload_length = 12, .qos = 1};
 	batch_add(&batch, &message, &object_ids, 11, received_at);
 	struct document_fault fault = refused(&batch);

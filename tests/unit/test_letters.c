@@ -74,7 +74,7 @@ static void note_bytes(int reason, const char *topic, const void *payload, size_
 {
 	static const struct id_rule rule;
 	struct batch batch = {0};
-	struct mqtt_message message = {
+	struct message message = {
 	    .topic = topic, .topic_length = strlen(topic), .payload = payload, .payload_length = length, .qos = 1};
 	batch_add(&batch, &message, &rule, 1000, 0);
 	batch.messages[0].reason = (uint8_t)reason;

@@ -230,7 +230,7 @@ static struct spool_status status_of(const struct spool *spool)
 static struct batch_message *add_bytes(struct batch *batch, const char *topic, size_t topic_length, const void *payload,
                                        size_t length, size_t max_payload)
 {
-	struct mqtt_message message = {
+	struct message message = {
 	    .topic = topic, .topic_length = topic_length, .payload = payload, .payload_length = length, .qos = 1};
 	static const struct id_rule no_rule;
 	batch_add(batch, &message, &no_rule, max_payload, 1700000000000 + (int64_t)batch->count);
