@@ -131,7 +131,6 @@ static void finish_close(struct mqtt *mqtt);
 static void tell_when_closed(struct mqtt *mqtt);
 static void close_gracefully(struct mqtt *mqtt);
 static void read_burst(struct mqtt *mqtt);
-static void wait_for_more(struct mqtt *mqtt, bool some_came);
 static void update_poll(struct mqtt *mqtt);
 
 static enum log_level level(const struct mqtt *mqtt, enum log_level usual)
@@ -704,30 +703,6 @@ static bool read_once(struct mqtt *mqtt)
 	return error != EAGAIN || mqtt->activity != before || tls_pending(mqtt);
 }
 
-static void read_burst(struct mqtt *mqtt)
-{
-	struct link *link = mqtt->link;
-	uint64_t generation = mqtt->generation, messages = mqtt->messages;
-	uint64_t start = uv_hrtime();
-	for (unsigned reads = 1; may_read(mqtt); reads++) {
-		if (!read_once(mqtt))
-			break;
-		if (reads % CLOCK_EVERY == 0 && uv_hrtime() - start > BURST_MS * UINT64_C(1000000))
-			break;
-	}
-	if (mqtt->link != link || mqtt->generation != generation || mqtt->state == CLOSING)
-		return;
-	bool more = mqtt->messages != messages;
-	if (more && MQTT2MONGO_GATE_OPEN && !flush(mqtt))
-		return;
-	mqtt->in_burst = true;
-	if (more && mqtt->handler.drained != NULL)
-		mqtt->handler.drained(mqtt->owner);
-	mqtt->in_burst = false;
-	if (mqtt->link != NULL && !is_blocked(mqtt))
-		wait_for_more(mqtt, more);
-}
-
 static void rest_over(uv_timer_t *timer)
 {
 	struct mqtt *mqtt = container_of(timer, struct mqtt, timer);
@@ -754,6 +729,30 @@ static void wait_for_more(struct mqtt *mqtt, bool some_came)
 		rest(mqtt, 0);
 	else if (fills && reading(mqtt) == MQTT_READ_SELDOM)
 		rest(mqtt, REST_MS);
+}
+
+static void read_burst(struct mqtt *mqtt)
+{
+	struct link *link = mqtt->link;
+	uint64_t generation = mqtt->generation, messages = mqtt->messages;
+	uint64_t start = uv_hrtime();
+	for (unsigned reads = 1; may_read(mqtt); reads++) {
+		if (!read_once(mqtt))
+			break;
+		if (reads % CLOCK_EVERY == 0 && uv_hrtime() - start > BURST_MS * UINT64_C(1000000))
+			break;
+	}
+	if (mqtt->link != link || mqtt->generation != generation || mqtt->state == CLOSING)
+		return;
+	bool more = mqtt->messages != messages;
+	if (more && MQTT2MONGO_GATE_OPEN && !flush(mqtt))
+		return;
+	mqtt->in_burst = true;
+	if (more && mqtt->handler.drained != NULL)
+		mqtt->handler.drained(mqtt->owner);
+	mqtt->in_burst = false;
+	if (mqtt->link != NULL && !is_blocked(mqtt))
+		wait_for_more(mqtt, more);
 }
 
 static int wanted_events(struct mqtt *mqtt)
