@@ -56,13 +56,18 @@ def without_mongodb(scene, tmp_path):
     return it, directory
 
 
-def put_in_the_way(it, directory):
-    """Move the spool's directory away, put a file in its place, and publish 50 messages, which cannot be spooled then."""
+def with_something_in_the_way(scene, tmp_path):
+    """As without_mongodb(). 50 messages are spooled, the spool's directory is moved away, a file is in its place, and 50 more messages
+    cannot be spooled."""
+    it, directory = without_mongodb(scene, tmp_path)
+    it.publish(50)
+    it.wait_spooled(50)
     directory.rename(directory.with_name("elsewhere"))
     directory.write_text("in the way")
     mark = it.running.mark()
     it.publish(50)
     it.running.wait_log("spool failed: .* cannot be made anew.* 50 messages are only in this process", after=mark)
+    return it, directory
 
 
 WAYS = [delete_all, rename_file, replace_file, delete_log, delete_index, rename_directory]
@@ -91,10 +96,7 @@ def test_spool_moved(scene, tmp_path):
 @pytest.mark.timeout(scaled(120, 120))
 def test_spool_moved_and_no_place_for_another(scene, tmp_path):
     """Nothing is acknowledged while there is no place for it; when there is one again, all goes on by itself."""
-    it, directory = without_mongodb(scene, tmp_path)
-    it.publish(50)
-    it.wait_spooled(50)
-    put_in_the_way(it, directory)
+    it, directory = with_something_in_the_way(scene, tmp_path)
     assert it.running.sums()["consumer"]["spooled"] == 50
     directory.unlink()
     wait_until(lambda: it.running.sums()["consumer"]["spooled"] == 100, 30, it.state)
@@ -108,10 +110,7 @@ def test_spool_moved_and_no_place_for_another(scene, tmp_path):
 @pytest.mark.timeout(scaled(120, 120))
 def test_spool_moved_and_drained_without_a_place(scene, tmp_path):
     """What only the process still has reaches MongoDB when that is back, though the spool cannot be made anew."""
-    it, directory = without_mongodb(scene, tmp_path)
-    it.publish(50)
-    it.wait_spooled(50)
-    put_in_the_way(it, directory)
+    it, directory = with_something_in_the_way(scene, tmp_path)
     it.server.restart()
     wait_until(lambda: it.running.sums()["consumer"]["recovered_from_spool"] == 50, 30, it.running.tail)
     directory.unlink()

@@ -133,6 +133,21 @@ static struct model model_of(uint64_t interval, size_t window)
 	return model;
 }
 
+/* That of a connection whose last write began then. */
+static struct pace written_at(uint64_t time)
+{
+	struct pace pace = {0};
+	pace_connected(&pace);
+	pace_write(&pace, time);
+	return pace;
+}
+
+static void come(struct pace *pace, unsigned count, int qos, uint64_t time)
+{
+	for (unsigned i = 0; i < count; i++)
+		pace_message(pace, qos, time);
+}
+
 static void test_a_message_after_a_pause_leaves_at_once(void **state)
 {
 	struct model model = model_of(INTERVAL, 1000);
@@ -157,9 +172,7 @@ static void test_messages_that_keep_coming_share_writes(void **state)
 
 static void test_a_large_batch_leaves_when_the_socket_is_empty(void **state)
 {
-	struct pace pace = {0};
-	pace_connected(&pace);
-	pace_write(&pace, 100);
+	struct pace pace = written_at(100);
 	assert_false(pace_is_ready(&pace, PACE_LARGE - 1, WAIT, 101));
 	assert_true(pace_is_ready(&pace, PACE_LARGE, WAIT, 101));
 	assert_true(pace_is_ready(&pace, 1, WAIT, 120));
@@ -215,18 +228,14 @@ static void test_a_window_and_a_long_way(void **state)
 
 static void test_a_burst_that_is_over_is_not_waited_for(void **state)
 {
-	struct pace pace = {0};
-	pace_connected(&pace);
-	pace_write(&pace, 100);
-	for (unsigned i = 0; i < 50; i++)
-		pace_message(&pace, 1, 103);
+	struct pace pace = written_at(100);
+	come(&pace, 50, 1, 103);
 	assert_false(pace_is_ready(&pace, 50, WAIT, 103));
 	assert_in_range(pace_due(&pace, WAIT, 103), 104, 108);
 	pace_message(&pace, 1, 104);
 	assert_in_range(pace_due(&pace, WAIT, 104), 105, 109);
 	pace_acknowledged(&pace);
-	for (unsigned i = 0; i < 3; i++) /* too few to tell */
-		pace_message(&pace, 1, 105);
+	come(&pace, 3, 1, 105); /* too few to tell */
 	assert_int_equal(pace_due(&pace, WAIT, 105), 120);
 }
 
@@ -251,8 +260,7 @@ static void test_a_window_that_was_learnt_is_doubted_now_and_then(void **state)
 	unsigned waits = 0;
 	pace_connected(&pace);
 	for (unsigned round = 0; round < 10000; round++, time += 5) {
-		for (unsigned i = 0; i < 10; i++)
-			pace_message(&pace, 1, time);
+		come(&pace, 10, 1, time);
 		if (!pace_is_ready(&pace, 10, WAIT, time)) {
 			time = pace_due(&pace, WAIT, time);
 			pace_waited(&pace, WAIT, time);
@@ -262,16 +270,13 @@ static void test_a_window_that_was_learnt_is_doubted_now_and_then(void **state)
 		pace_acknowledged(&pace);
 	}
 	assert_in_range(waits, 40, 60); /* of 50 seconds */
-	for (unsigned i = 0; i < 11; i++)
-		pace_message(&pace, 1, time);
+	come(&pace, 11, 1, time);
 	assert_false(pace_is_ready(&pace, 11, WAIT, time));
 }
 
 static void test_when_the_socket_is_read_seldom(void **state)
 {
-	struct pace pace = {0};
-	pace_connected(&pace);
-	pace_write(&pace, 100);
+	struct pace pace = written_at(100);
 	for (unsigned i = 0; i < 4; i++) {
 		assert_false(pace_is_fast(&pace)); /* too few to tell */
 		pace_message(&pace, 1, 101);
@@ -282,8 +287,7 @@ static void test_when_the_socket_is_read_seldom(void **state)
 	pace_message(&pace, 1, 107);
 	assert_false(pace_is_fast(&pace));
 	pace_waited(&pace, WAIT, 200); /* six may be the window */
-	for (unsigned i = 0; i < 6; i++)
-		pace_message(&pace, 1, 107);
+	come(&pace, 6, 1, 107);
 	assert_true(pace_is_fast(&pace)); /* they are not */
 	pace_waited(&pace, WAIT, 200);
 	assert_false(pace_is_fast(&pace)); /* but twelve may be: each is to be seen at once */
@@ -291,16 +295,12 @@ static void test_when_the_socket_is_read_seldom(void **state)
 
 static void test_another_connection_has_another_window(void **state)
 {
-	struct pace pace = {0};
-	pace_connected(&pace);
-	pace_write(&pace, 100);
-	for (unsigned i = 0; i < 10; i++)
-		pace_message(&pace, 1, 101);
+	struct pace pace = written_at(100);
+	come(&pace, 10, 1, 101);
 	pace_waited(&pace, WAIT, 120);
 	assert_true(pace_is_ready(&pace, 10, WAIT, 119));
 	pace_connected(&pace);
-	for (unsigned i = 0; i < 10; i++)
-		pace_message(&pace, 1, 101);
+	come(&pace, 10, 1, 101);
 	assert_false(pace_is_ready(&pace, 10, WAIT, 101));
 	assert_true(pace_is_ready(&pace, 10, WAIT, 120)); /* but the pace is kept */
 }
@@ -308,8 +308,7 @@ static void test_another_connection_has_another_window(void **state)
 /* A round of `count` messages that come at once; true when it has to wait, which it does. */
 static bool waits(struct pace *pace, unsigned count, struct pace_wait wait, uint64_t *time)
 {
-	for (unsigned i = 0; i < count; i++)
-		pace_message(pace, 1, *time);
+	come(pace, count, 1, *time);
 	bool waited = !pace_is_ready(pace, count, wait, *time);
 	if (waited) {
 		*time = pace_due(pace, wait, *time);
@@ -324,11 +323,9 @@ static bool waits(struct pace *pace, unsigned count, struct pace_wait wait, uint
 static void test_a_window_may_shrink(void **state)
 {
 	for (unsigned window = 1; window < 20; window++) {
-		struct pace pace = {0};
 		uint64_t time = 1000;
 		unsigned long_waits = 0;
-		pace_connected(&pace);
-		pace_write(&pace, time);
+		struct pace pace = written_at(time);
 		assert_true(waits(&pace, 100, WAIT, &time));
 		for (unsigned round = 0; round < 100; round++)
 			long_waits += waits(&pace, window, WAIT, &time);
@@ -343,10 +340,8 @@ static void test_a_window_may_shrink(void **state)
  */
 static void test_few_short_waits_are_no_smaller_window(void **state)
 {
-	struct pace pace = {0};
 	uint64_t time = 1000;
-	pace_connected(&pace);
-	pace_write(&pace, time);
+	struct pace pace = written_at(time);
 	for (unsigned round = 0; round < 100; round++) {
 		waits(&pace, 20, WAIT, &time);
 		for (unsigned i = 0; i < 5; i++)
@@ -358,20 +353,15 @@ static void test_few_short_waits_are_no_smaller_window(void **state)
 static void test_what_is_waited_for_to_the_end(void **state)
 {
 	static const struct pace_wait patient = {.interval = 1000, .patient = true}, other = {.interval = 1000};
-	struct pace pace = {0};
-	pace_connected(&pace);
-	pace_write(&pace, 100);
-	for (unsigned i = 0; i < 50; i++)
-		pace_message(&pace, 1, 103);
+	struct pace pace = written_at(100);
+	come(&pace, 50, 1, 103);
 	assert_int_equal(pace_due(&pace, patient, 103), 1100);
 	assert_in_range(pace_due(&pace, other, 103), 104, 108);
 }
 
 static void test_how_long_silence_has_to_be(void **state)
 {
-	struct pace pace = {0};
-	pace_connected(&pace);
-	pace_write(&pace, 100);
+	struct pace pace = written_at(100);
 	for (uint64_t time = 100; time <= 140; time += 10) /* a gap of 10 ms, or of 8 by their number */
 		pace_message(&pace, 1, time);
 	uint64_t due = pace_due(&pace, (struct pace_wait){.interval = 1000}, 140);
@@ -382,10 +372,8 @@ static void test_how_long_silence_has_to_be(void **state)
 static void test_doubts_are_rare(void **state)
 {
 	static const struct pace_wait wait = {.interval = 1000};
-	struct pace pace = {0};
 	uint64_t time = 1000, waited = 0;
-	pace_connected(&pace);
-	pace_write(&pace, time);
+	struct pace pace = written_at(time);
 	while (time < 1000000) {
 		uint64_t before = time;
 		if (waits(&pace, 2, wait, &time))
@@ -396,11 +384,8 @@ static void test_doubts_are_rare(void **state)
 
 static void test_messages_of_qos_0_are_in_no_window(void **state)
 {
-	struct pace pace = {0};
-	pace_connected(&pace);
-	pace_write(&pace, 100);
-	for (unsigned i = 0; i < 100; i++)
-		pace_message(&pace, 0, 101);
+	struct pace pace = written_at(100);
+	come(&pace, 100, 0, 101);
 	assert_false(pace_is_ready(&pace, 100, WAIT, 101));
 	pace_waited(&pace, WAIT, 120);
 	assert_false(pace.is_window);
