@@ -235,6 +235,11 @@ class Bench:
         broker, mongod = ((now - then) / count * 1e6 for now, then in zip(self.server_cpu(), before, strict=True))
         return {"broker_cpu_us": broker, "mongod_cpu_us": mongod}
 
+    def done_by_mongod(self):
+        """(insert commands, flushes of the journal) so far; of the latter see bench/works/rates.py."""
+        status = self.client.admin.command("serverStatus")
+        return status["metrics"]["commands"]["insert"]["total"], status["wiredTiger"]["log"]["log sync operations"]
+
     # --- messages ---
 
     def publish(self, count, *, size=110, topics=100, limit=120):

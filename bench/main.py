@@ -104,12 +104,17 @@ def run_works(bench, names):
     return [bench.found[name] for name in names]
 
 
-def keep_others(results, directory):
-    """Add the works of the last report in `directory` that are not in this one, with when and of what they were measured."""
+def last_report(directory):
+    """What the last report in `directory` found; without works if there is none."""
     path = directory / "results.json"
-    last = json.loads(path.read_text()) if path.exists() else {"works": []}
+    return json.loads(path.read_text()) if path.exists() else {"works": []}
+
+
+def keep_others(results, last):
+    """Add the works of the last report that are not in this one, with when and of what they were measured; not those that are no
+    works any more."""
     for work in last["works"]:
-        if work["name"] not in {one["name"] for one in results["works"]}:
+        if work["name"] in WORKS and work["name"] not in {one["name"] for one in results["works"]}:
             work.setdefault("measured", {"begun": last["begun"], "of": last["versions"].get("mqtt2mongo"), "rounds": last["rounds"]})
             results["works"].append(work)
     results["works"].sort(key=lambda work: list(WORKS).index(work["name"]))
@@ -133,6 +138,7 @@ def options():
 
 def main():
     chosen = options()
+    last = last_report(chosen.output)  # now: a file that cannot be read is not to be found out about after an hour
     resource.setrlimit(resource.RLIMIT_NOFILE, (1024, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
     build_programs()
     install_node(Bench.tool)
@@ -146,7 +152,7 @@ def main():
                        "rounds": chosen.rounds, "machine": machine(), "versions": versions(bench), "works": works}
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    keep_others(results, chosen.output)
+    keep_others(results, last)
     say(f"written: {report.write(results, chosen.output)}")
     return 1 if any(work["errors"] for work in works) else 0
 

@@ -84,9 +84,7 @@ class Seen:
 
     def _ask(self, bench):
         self.stored = bench.stored()
-        status = bench.client.admin.command("serverStatus")
-        self.flushes = status["wiredTiger"]["log"]["log sync operations"]
-        self.inserts = status["metrics"]["commands"]["insert"]["total"]
+        self.inserts, self.flushes = bench.done_by_mongod()
 
 
 def spent(bench, run, seconds):

@@ -89,15 +89,11 @@ def reached(bench, delay):
         yield port
 
 
-def inserts(bench):
-    return bench.client.admin.command("serverStatus")["metrics"]["commands"]["insert"]["total"]
-
-
 def drain(bench, contender, case):
     """A Turn. No insert can have more messages than the window: were it more on average, the broker would not have kept to it."""
-    before = inserts(bench)
+    before, _ = bench.done_by_mongod()
     turn = bench.drain(contender, case.count)
-    each = turn.extra["messages_per_insert"] = case.count / max(1, inserts(bench) - before)
+    each = turn.extra["messages_per_insert"] = case.count / max(1, bench.done_by_mongod()[0] - before)
     if each > case.window:
         raise Failed(f"{each:.1f} messages an insert: the broker does not keep to its window of {case.window}")
     return turn

@@ -123,13 +123,15 @@ def test_results_are_kept_as_they_are(written):
 
 
 def test_works_that_are_not_measured_again_stay(tmp_path):
-    """With when and of what they were measured; also when the next report keeps them once more."""
+    """With when and of what they were measured; also when the next report keeps them once more. One that is no work any more goes."""
     import main
 
-    report.write(sample() | {"rounds": 5, "versions": {"mqtt2mongo": "abc123"}}, tmp_path)
+    first = sample() | {"rounds": 5, "versions": {"mqtt2mongo": "abc123"}}
+    first["works"].append(work("retired", [row("bare", [1])]))
+    report.write(first, tmp_path)
     for number in (1, 2):
         again = results(work("drain", [row("bare", [number])])) | {"rounds": 3, "begun": f"2026-11-2{number + 5}T08:00:00+00:00"}
-        main.keep_others(again, tmp_path)
+        main.keep_others(again, main.last_report(tmp_path))
         report.write(again, tmp_path)
     text = (tmp_path / "report.md").read_text()
     assert text.count("Not measured again: from 2026-11-23 20:00:00 UTC, of abc123, in 5 rounds.") == 3
