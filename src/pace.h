@@ -9,12 +9,12 @@
  *   - nothing has come for a while, long compared to the gaps between its messages: a burst is over, or they were a
  *     part of the window of a broker far away.
  *
- * How large that window is no broker says (our receive maximum only limits it; mosquitto has
- * 20 under MQTT 3.1.1, RabbitMQ 10, EMQX 32). So it is learnt: the most messages that were ever unacknowledged on the
- * connection, if after them nothing came for a while. That may have been the rate, not the window: then it does no harm
- * while the rate stays, and when it rises, more than so many are read at once, or a wait of now and then shows it. A
- * window may also shrink (mosquitto's max_inflight_bytes): then a few waits in a row end with fewer messages and
- * silence.
+ * How large that window is no broker says (our receive maximum only limits it; mosquitto has 20 under MQTT 3.1.1,
+ * RabbitMQ 10, EMQX 32). So it is learnt: the most messages that were ever unacknowledged on the connection, if after
+ * them nothing came for a while. That may have been the rate, not the window: then it does no harm while the rate
+ * stays, and when it rises, more than so many are read at once, or a wait of now and then shows it. A window may also
+ * shrink (mosquitto's max_inflight_bytes): then a few waits in a row end with fewer messages and silence. Messages of
+ * QoS 0 are in no window, and tell nothing of silence.
  *
  * Pure: times are milliseconds of any clock that does not go backwards. Loop thread.
  */
@@ -68,7 +68,7 @@ bool pace_is_ready(struct pace *pace, size_t count, struct pace_wait wait, uint6
  * socket is read once in a while only. */
 bool pace_is_fast(const struct pace *pace);
 
-/* The time has come. */
+/* A batch is about to leave because its time has come, pace_due(): what that says of the window. */
 void pace_waited(struct pace *pace, struct pace_wait wait, uint64_t now);
 
 /* A batch leaves. */
