@@ -107,7 +107,10 @@ def run_works(bench, names):
 def last_report(directory):
     """What the last report in `directory` found; without works if there is none."""
     path = directory / "results.json"
-    return json.loads(path.read_text()) if path.exists() else {"works": []}
+    try:
+        return json.loads(path.read_text()) if path.exists() else {"works": []}
+    except ValueError as error:
+        sys.exit(f"{path} is no report ({error}): remove it, or give another --output")
 
 
 def keep_others(results, last):

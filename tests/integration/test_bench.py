@@ -138,6 +138,14 @@ def test_works_that_are_not_measured_again_stay(tmp_path):
     assert cells(text, "| bare | 200,000")[2] == "2" and re.findall("^## (.*)", text, re.M)[1:] == ["Drain", "Latency", "Growth", "Spool"]
 
 
+def test_a_damaged_report_is_named_before_anything_is_measured(tmp_path):
+    (tmp_path / "results.json").write_text('{"works": [')
+    said = subprocess.run([sys.executable, ROOT / "bench" / "main.py", "--works", "windows", "--output", tmp_path], capture_output=True,
+                          text=True, timeout=20, check=False)
+    assert said.returncode == 1 and said.stdout == ""
+    assert said.stderr.startswith(f"{tmp_path}/results.json is no report (") and "give another --output" in said.stderr
+
+
 def test_an_old_chart_does_not_stay(written):
     report.write(results(), written)
     assert not list(written.glob("*.svg"))
